@@ -2,8 +2,8 @@
 #   make demo      reference and drop-in side by side on real images, then speed (under 10 minutes on 2 cores)
 #   make test      lint, then the CI tier of the tests (under 25 minutes on 2 cores)
 #   make test-all  lint, then every test
-#   make lint      ruff, mypy, clang-format        make format  lets ruff and clang-format rewrite
-#   make bench     python -m benchmarks; ARGS="--help" for its options
+#   make lint      ruff, mypy, clang-format; make format lets ruff and clang-format rewrite
+#   make bench     python -m benchmarks, with the options in ARGS, for example ARGS=--help
 #   make clean     removes .venv and everything built
 # PYTHON is the interpreter of a new .venv. TORCH is what pip is asked for: 2.13.0 where there is no NVIDIA driver, else
 # any from 2.11. On PyPI's Linux x86-64 that wheel carries CUDA libraries even for a CPU; to have the small CPU build,
@@ -18,14 +18,16 @@ PYTEST_ARGS ?=
 MAKEFLAGS += --no-print-directory
 VENV := .venv
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check install --quiet
-NATIVE_SOURCES := setup.py $(wildcard csrc/*.h csrc/*/*)
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 PYTEST := $(PY) -m pytest -n $(JOBS) --dist worksteal --benchmark-disable $(PYTEST_ARGS)
+CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+# Recompiles what changed since the install, and says again why an extension cannot be built.
+BUILD := $(PY) setup.py --quiet build_ext --inplace
 
 .PHONY: demo test test-all lint format bench clean
-.DELETE_ON_ERROR:
 
-demo: $(VENV)/demo.stamp $(VENV)/native.stamp
+demo: $(VENV)/demo.stamp
+	@$(BUILD)
 	$(PY) -m wrn_fast.demo $(ARGS)
 
 test: lint
@@ -34,18 +36,20 @@ test: lint
 test-all: lint
 	$(PYTEST) --all-cases
 
-lint: $(VENV)/dev.stamp $(VENV)/native.stamp
+lint: $(VENV)/dev.stamp
+	@$(BUILD)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	@$(PY) -c 'import glob, subprocess, sys; f = [p for e in ("h", "cpp", "cu", "cuh") for p in glob.glob("csrc/**/*." + e, recursive=True)]; sys.exit(subprocess.call(["$(VENV)/bin/clang-format", "--dry-run", "-Werror", *f]) if f else 0)'
+	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC)
 
 format: $(VENV)/dev.stamp
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format -i
+	$(VENV)/bin/clang-format -i $(CSRC)
 
-bench: $(VENV)/bench.stamp $(VENV)/native.stamp
+bench: $(VENV)/bench.stamp
+	@$(BUILD)
 	$(PY) -m benchmarks $(ARGS)
 
 clean:
@@ -58,25 +62,18 @@ $(VENV)/pip.stamp:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	    { echo 'Python 3.10 or newer is needed: make PYTHON=python3.12 ...'; exit 1; }
 	@$(PYTHON) -m venv --clear $(VENV) || $(PYTHON) -m virtualenv --clear $(VENV) || \
-	    { echo 'No venv here: install python3-venv (Debian, Ubuntu) or virtualenv, or say PYTHON=another-python'; exit 1; }
+	    { echo 'No venv: install python3-venv (Debian, Ubuntu) or virtualenv, or name another interpreter in PYTHON'; exit 1; }
 	@touch $@
 
-# torch first, alone: an editable install then never replaces it.
+# torch first, alone: what follows then keeps it. setuptools, pybind11 and ninja build the extension in place.
 $(VENV)/torch.stamp: $(VENV)/pip.stamp
-	$(PIP) "$(TORCH)"
+	$(PIP) "$(TORCH)" setuptools pybind11 ninja
 	@touch $@
 
 $(VENV)/%.stamp: $(VENV)/torch.stamp pyproject.toml
-	$(PIP) setuptools pybind11 ninja
-	WRN_FAST_BUILD=none $(PIP) --no-build-isolation --editable ".[$(EXTRAS)]"
-	@rm -f $(VENV)/native.stamp
+	$(PIP) --no-build-isolation --editable ".[$(EXTRAS)]"
 	@touch $@
 
 $(VENV)/demo.stamp: EXTRAS := demo
 $(VENV)/dev.stamp: EXTRAS := dev,test
 $(VENV)/bench.stamp: EXTRAS := bench
-
-# After any install above (it resets the reasons file); recompiles only what changed.
-$(VENV)/native.stamp: $(NATIVE_SOURCES)
-	$(PY) setup.py --quiet build_ext --inplace
-	@touch $@

@@ -3,7 +3,7 @@
 No torch header is used, so torch is not needed here and an upgrade of torch cannot break the binaries. What cannot be
 built is a reason in `wrn_fast/_build_reasons.txt`, not a failed install, unless it was asked for by name:
 
-    WRN_FAST_BUILD     auto (default: what the toolchain allows) | cpu | cuda | cpu,cuda (these, or exit status 1) | none
+    WRN_FAST_BUILD     auto (default: what the toolchain allows) | cpu | cuda | cpu,cuda (these, or exit 1) | none
     CXX, CXXFLAGS      the C++ compiler (default: g++, c++, clang++) and flags put before ours; LDFLAGS likewise
     CUDA_HOME          where nvcc is, if not on PATH
     WRN_FAST_CXXFLAGS  flags put after ours
@@ -187,9 +187,7 @@ def plan_cpu(library: str) -> NinjaFile:
     if problem:
         raise Unbuildable(f"{compiler[0]} cannot compile an empty C++17 file: {problem}")
     x86 = "#ifndef __x86_64__\n#error not x86-64\n#endif\n"
-    isas = [
-        isa for isa, flags in ISA_FLAGS.items() if not flags or compiles([*compiler, *common, *flags], x86) is None
-    ]
+    isas = [isa for isa, flags in ISA_FLAGS.items() if not flags or compiles([*compiler, *common, *flags], x86) is None]
     have = [f"-DWRN_HAVE_{isa.upper()}=1" for isa in isas]
 
     plan = NinjaFile()
