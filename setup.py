@@ -16,6 +16,7 @@ Objects live in build/wrn_fast, so a second build compiles only what changed.
 import contextlib
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -130,9 +131,9 @@ def compiles(command: list[str], source: str) -> str | None:
 def complaint(output: str, status: int) -> str:
     """The most telling line of a compiler's output."""
     lines = [line.strip() for line in output.splitlines() if line.strip() and not line.startswith(("ninja:", "FAILED"))]
-    for word in ("error", "Killed", "No such file", "not found", "cannot"):
+    for word in (r"\berror\b", "Killed", "No such file|not found|cannot"):
         for line in lines:
-            if word in line:
+            if re.search(word, line):
                 return line.replace(f"{ROOT}{os.sep}", "")
     return lines[-1] if lines else f"exit status {status} and no message"
 
@@ -226,7 +227,11 @@ def locked(folder: Path) -> Iterator[int]:
         with contextlib.suppress(ImportError):  # fcntl: POSIX only
             import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"wrn_fast: another build is at work in {folder}; waiting for it", flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield file.fileno()
 
 

@@ -4,7 +4,7 @@ import importlib.util
 import os
 import random
 
-# Before torch is imported: no compiled code from an earlier run, and one OpenMP thread in each of several test processes.
+# Before torch is imported: no compiled code from an earlier run, one OpenMP thread in each of several processes.
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
