@@ -1,0 +1,61 @@
+// What happens to a finished tile of accumulators: the last step of fprop and dgrad, for every algorithm.
+//
+// A tile is rows x cols pixels of kn <= NR channels. `strip` names the run of tiles whose statistics are kept together
+// (a row of tiles, or one output row): its record is written by the one thread that computes it, and the records are
+// merged afterwards in a fixed order, so sums do not depend on threads or chunks.
+#pragma once
+
+#include "../problem.h"
+#include "gemm.h"
+#include "vec.h"
+
+namespace wrn_fast {
+namespace WRN_ISA {
+
+struct OutTile {
+    const float* acc;             // pixel (i, j), channel c at acc[i * acc_row + j * acc_col + c]
+    int64_t acc_row, acc_col;     // floats
+    int rows, cols;
+    int64_t pixel;                // index of pixel (0, 0) in the output, N*P*Q order
+    int64_t pixel_row, pixel_col; // steps, in pixels
+    int64_t k0;                   // first channel of the panel
+    int kn;                       // channels in the panel that exist
+    float* state;                 // [3][NR] running sums of the strip
+    bool first;                   // the strip begins here
+};
+
+struct Epilogue {
+    void (*run)(const Epilogue&, const OutTile&);
+    int64_t channels;     // of the output: K for fprop, C for dgrad
+    int64_t padded;       // channels rounded up to NR: row length of records
+    float* records;       // [strips][2][padded], null when no sums are wanted
+    const FpropArgs* fprop;
+    const DgradArgs* dgrad;
+    const float* addend;  // fp32 [N,P,Q,K]: a shortcut computed beforehand; may alias y
+    int64_t addend_stride;
+};
+
+Epilogue fprop_epilogue(const FpropArgs& args, const float* addend, float* records);
+Epilogue dgrad_epilogue(const DgradArgs& args, float* records);
+
+// Turns the running sums of a strip of `pixels` pixels into its record.
+void close_strip(const Epilogue& e, int64_t strip, const OutTile& tile, int64_t pixels);
+
+// Strips of an output of N images: a strip covers strip_rows output rows (fewer in the last strip of an image).
+struct Strips {
+    int64_t images, height, width;
+    int64_t strip_rows;
+    int64_t per_image() const { return (height + strip_rows - 1) / strip_rows; }
+    int64_t count() const { return images * per_image(); }
+    int64_t pixels(int64_t strip) const {
+        const int64_t top = strip % per_image() * strip_rows;
+        return (height - top < strip_rows ? height - top : strip_rows) * width;
+    }
+};
+
+// stats_y (mean, biased variance) from the records, or sums_g. In double, strips in ascending order.
+void merge_statistics(const Epilogue& e, const Strips& strips, float* stats, int threads);
+void merge_sums(const Epilogue& e, int64_t strips, float* sums, int threads);
+
+}  // namespace WRN_ISA
+}  // namespace wrn_fast

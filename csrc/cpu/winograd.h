@@ -1,0 +1,54 @@
+// Fused Winograd F(m x m, 3x3), m = 4 or 2, stride 1: y = A^T [ (G w G^T) * (B^T prologue(x) B) ] A, then the epilogue.
+//
+// Points 0, +-5/8, +-3/2, infinity for m = 4 (2.2x less error than the usual 0, +-1, +-2 at the same cost, every constant
+// exact in fp32) and 0, +-1, infinity for m = 2. A row of tiles of one image is a strip: the unit of the input transform,
+// of work and of statistics. V [m+2 squared][tiles][channels] is multiplied panel by panel into M [tile][(m+2)^2][NR],
+// which the output transform consumes while it is in L2.
+#pragma once
+
+#include "epilogue.h"
+#include "filter.h"
+
+namespace wrn_fast {
+namespace WRN_ISA {
+
+// The tensor that the input transform reads: x of fprop with its prologue, dy of dgrad with none.
+struct WinogradInput {
+    const void* data;
+    DType dtype;
+    int64_t N, H, W, C;
+    int64_t padded;  // C rounded up to VL: row length of V and of the prologue's arrays
+    int pad_top, pad_left;
+    int64_t tile_cols;
+    // [padded] each, defaults filled in; null when there is no affine step and act is the identity.
+    const float *center, *scale, *shift;
+    Act act;
+    float slope;
+    Dropout dropout;
+};
+
+// Transforms channels [c0, c1) (multiples of VL) of one strip; tile j goes to v[xi * plane + j * in.padded + c].
+using InputTransform = void (*)(const WinogradInput& in, int64_t image, int64_t tile_row, int64_t c0, int64_t c1, float* v,
+                                int64_t plane, float* scratch);
+InputTransform input_transform(int m, const WinogradInput& in);
+int64_t input_scratch_floats(int m, const WinogradInput& in);
+
+// products [(m+2)^2][nv * VL] of one tile -> tile [m][m][nv * VL].
+using OutputTransform = void (*)(const float* products, int nv, float* tile);
+OutputTransform output_transform(int m);
+
+// Everything that fprop and dgrad do not share has been resolved: source, filter orientation, epilogue.
+struct WinogradCall {
+    int m;
+    int threads;
+    WinogradInput input;
+    FilterView filter;
+    const float* packed;  // null: the filter is transformed here
+    int64_t out_H, out_W, out_C;
+    Epilogue epilogue;
+};
+
+void winograd(const WinogradCall& call, float* statistics);
+
+}  // namespace WRN_ISA
+}  // namespace wrn_fast
