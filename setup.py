@@ -37,9 +37,6 @@ REASONS = "_build_reasons.txt"
 # csrc/cpu: these are compiled once, for any CPU; every other file once per instruction set.
 CPU_ONCE = ("module.cpp", "isa.cpp", "scratch.cpp", "policy.cpp")
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fopenmp -ffp-contract=off -fno-math-errno -Wall -Wextra".split()
-    "-Wno-uninitialized",
-    "-Wno-maybe-uninitialized",
-]  # hundreds from GCC 12's own avx512fintrin.h (bug 105593)
 # -Wno-maybe-uninitialized: hundreds of false warnings in GCC 12's own avx512fintrin.h (GCC bug 105593).
 ISA_FLAGS = {
     "avx512": "-mavx512f -mavx512vl -mavx512dq -mavx512bw -mavx2 -mfma -mf16c -mprefer-vector-width=512".split()

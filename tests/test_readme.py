@@ -1,7 +1,7 @@
 """Every path, command and name that the documents say exists, and the README's Python runs.
 
-Blocks fenced as `python` in README.md are executed in order, together, in an empty folder; blocks fenced as `py` (user's
-own data, a GPU) are only parsed and their wrn_fast names looked up.
+Blocks fenced as `python` in README.md are executed in order, together, in an empty folder; blocks fenced as `py` (the
+user's own data, a GPU) are only parsed and their wrn_fast names looked up.
 """
 
 import ast
@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))]
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 SUFFIXES = "py|pyi|cpp|h|cu|cuh|md|json|toml|png|sh|in|txt"
 # Where a path in a document may start, and paths that only exist after a command or on the reader's machine.
 FOLDERS = ("csrc", "wrn_fast", "tests", "benchmarks", "docs", "faults", ".ci")
@@ -59,7 +59,7 @@ def paths(text):
 
 
 def exists(word, beside):
-    """Does the path, which may hold `*` or `{a,b}`, exist from the root, the package, or beside the one that says it?"""
+    """Does the path, which may hold `*` or `{a,b}`, exist from the root, the package, csrc, or `beside`?"""
     braces = re.search(r"\{([^{}]*)\}", word)
     if braces:
         parts = braces[1].split(",")
