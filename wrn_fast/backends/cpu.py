@@ -1,0 +1,285 @@
+"""Adapter to the C++ extension `_cpu`: fp32 and bf16 on the CPU, in fused vectorised passes over channels_last tensors.
+
+Every argument is checked before it gets here; this file makes pointers of tensors, allocates outputs and decides, per
+problem, whose convolution runs: `_conv_fprop`, `_conv_dgrad` and `_conv_wgrad` are the places.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wrn_fast._build import missing_extension_reason
+from wrn_fast.problem import ConvProblem
+
+NAME = "cpu"
+
+_DTYPES = (torch.float32, torch.bfloat16)
+# Elements below which a second thread costs more than it brings (a parallel region takes 2-3 us).
+_ONE_THREAD_BELOW = 1 << 14
+
+_in_child_of_fork = False
+
+
+def _after_fork() -> None:
+    """OpenMP's threads do not survive a fork, and a region that waits for them would hang: one thread from now on."""
+    global _in_child_of_fork
+    _in_child_of_fork = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    """(the extension, None), or (None, the reason why it cannot be used)."""
+    try:
+        from wrn_fast import _cpu  # type: ignore[attr-defined]
+    except ImportError as error:
+        if "cannot import name" in str(error):
+            return None, missing_extension_reason("_cpu")
+        return None, f"extension _cpu cannot be loaded: {error}"
+    try:
+        _cpu.isa()
+    except ValueError as error:
+        return None, str(error)
+    return _cpu, None
+
+
+def isa() -> str | None:
+    """The instruction set of the extension (`wrn-fast info`); None where there is no extension."""
+    extension, _ = _load()
+    return None if extension is None else extension.isa()
+
+
+def unsupported(op: str, problem: ConvProblem) -> str | None:
+    """A sentence if the problem is not for this backend."""
+    if problem.device != "cpu":
+        return f"tensors are on {problem.device}, this backend is for the CPU"
+    if problem.dtype not in _DTYPES:
+        return f"needs float32 or bfloat16, got {problem.dtype}"
+    if problem.w_dtype not in _DTYPES:
+        return f"needs float32 or bfloat16 filters, got {problem.w_dtype}"
+    return _load()[1]
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(problem: ConvProblem) -> Any:
+    """The problem's scalars on the C++ side."""
+    extension, reason = _load()
+    if extension is None:
+        raise RuntimeError(reason)
+    left, right, top, bottom = problem.pad
+    return extension.Plan(
+        bf16=problem.dtype == torch.bfloat16, N=problem.N, H=problem.H, W=problem.W, C=problem.C, K=problem.K,
+        R=problem.R, S=problem.S, stride=problem.stride, pad_left=left, pad_right=right, pad_top=top,
+        pad_bottom=bottom, act=problem.act, slope=problem.slope, eps=problem.eps, p=problem.p,
+        drop_at=problem.drop_at, short_C=problem.short_C, short_stride=problem.short_stride,
+        short_act=problem.short_act, short_eps=problem.short_eps, act_out=problem.act_out,
+    )  # fmt: skip
+
+
+def threads(elements: int) -> int:
+    """How many threads a pass over `elements` may use: torch's setting, read at each call."""
+    if _in_child_of_fork or elements < _ONE_THREAD_BELOW:
+        return 1
+    return torch.get_num_threads()
+
+
+def _ptr(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _vector(t: Tensor | None) -> Tensor | None:
+    """A per-channel array as the extension reads it: dense float32."""
+    if t is None or (t.dtype is torch.float32 and t.is_contiguous()):
+        return t
+    return t.to(torch.float32).contiguous()
+
+
+def _new(problem: ConvProblem, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=problem.dtype, memory_format=torch.channels_last)
+
+
+def _absent(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(0, dtype=dtype)
+
+
+def _nhwc(v: Tensor, dtype: torch.dtype) -> Tensor:
+    """`v` in `dtype` with the dense channels_last strides that the fake kernels promise."""
+    out = torch.empty(v.shape, dtype=dtype, memory_format=torch.channels_last)
+    return v if v.dtype == dtype and v.stride() == out.stride() else out.copy_(v)
+
+
+# Sources: what a convolution reads.
+
+
+def _source(problem: ConvProblem, x: Tensor, stats, gamma, beta, rng) -> Tensor:
+    """drop(act(bn(x))) in one pass, x itself where there is nothing to do."""
+    drop = rng is not None and problem.p > 0 and problem.drop_at == "prologue"
+    if stats is None and problem.act == "identity" and not drop:
+        return x
+    a = torch.empty_like(x, memory_format=torch.channels_last)
+    _plan(problem).source(threads(x.numel()), _ptr(x), _ptr(stats), _ptr(gamma), _ptr(beta), _ptr(rng), _ptr(a))
+    return a
+
+
+def _source_short(problem: ConvProblem, x: Tensor, stats, gamma, beta) -> Tensor:
+    if stats is None and problem.short_act == "identity":
+        return x
+    a = torch.empty_like(x, memory_format=torch.channels_last)
+    rows = x.numel() // x.shape[1]
+    _plan(problem).source_short(threads(x.numel()), rows, _ptr(x), _ptr(stats), _ptr(gamma), _ptr(beta), _ptr(a))
+    return a
+
+
+# Convolutions: the seam between ATen's and ours.
+
+
+def _padding(problem: ConvProblem, a: Tensor) -> tuple[Tensor, list[int]]:
+    """The library pads both sides alike; four different numbers are padded before it."""
+    left, right, top, bottom = problem.pad
+    if left == right and top == bottom:
+        return a, [top, left]
+    return F.pad(a, problem.pad), [0, 0]
+
+
+def _conv_fprop(problem: ConvProblem, a: Tensor, w: Tensor) -> Tensor:
+    """A fresh [N, K, P, Q]."""
+    a, padding = _padding(problem, a)
+    return _nhwc(torch.conv2d(a, w.to(problem.dtype), None, problem.stride, padding), problem.dtype)
+
+
+def _conv_backward(problem, dy, a, w, padding, which) -> tuple[Tensor, Tensor]:
+    dx, dw, _ = torch.ops.aten.convolution_backward(
+        dy, a, w, None, [problem.stride] * 2, padding, [1, 1], False, [0, 0], 1, which
+    )
+    return dx, dw
+
+
+def _conv_dgrad(problem: ConvProblem, dy: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    """A fresh [N, C, H, W]. x gives its shape only."""
+    left, right, top, bottom = problem.pad
+    symmetric = left == right and top == bottom
+    padding = [top, left] if symmetric else [0, 0]
+    if not symmetric:
+        x = _new(problem, problem.N, problem.C, problem.H + top + bottom, problem.W + left + right)
+    da, _ = _conv_backward(problem, dy, x, w.to(problem.dtype), padding, [True, False, False])
+    if not symmetric:
+        da = da[:, :, top : top + problem.H, left : left + problem.W]
+    return _nhwc(da, problem.dtype)
+
+
+def _conv_wgrad(problem: ConvProblem, dy: Tensor, a: Tensor) -> Tensor:
+    """[K, C, R, S] in x's dtype."""
+    a, padding = _padding(problem, a)
+    w = torch.empty((problem.K, problem.C, problem.R, problem.S), dtype=a.dtype, memory_format=torch.channels_last)
+    return _conv_backward(problem, dy, a, w, padding, [False, True, False])[1]
+
+
+# The primitives.
+
+
+def fprop(
+    problem: ConvProblem,
+    x: Tensor,
+    w: Tensor,
+    stats: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    x_short: Tensor | None,
+    w_short: Tensor | None,
+    stats_short: Tensor | None,
+    gamma_short: Tensor | None,
+    beta_short: Tensor | None,
+    rng: Tensor | None,
+    out_scale: Tensor | None,
+    out_shift: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y [N,K,P,Q], stats_y [2,K], y_act [N,K,P,Q]); an absent output has 0 elements."""
+    stats, gamma, beta = _vector(stats), _vector(gamma), _vector(beta)
+    y = _conv_fprop(problem, _source(problem, x, stats, gamma, beta, rng), w)
+    shortcut = None
+    if x_short is not None:
+        assert w_short is not None
+        source = _source_short(problem, x_short, _vector(stats_short), _vector(gamma_short), _vector(beta_short))
+        shortcut = _nhwc(torch.conv2d(source, w_short.to(problem.dtype), None, problem.short_stride), problem.dtype)
+    stats_y = torch.empty((2, problem.K)) if problem.want_stats else _absent()
+    y_act = torch.empty_like(y) if problem.act_out != "none" else _absent(problem.dtype)
+    drop = problem.p > 0 and problem.drop_at == "output"
+    if drop or problem.want_stats or problem.act_out != "none" or not (bias is shortcut is residual is None):
+        bias, out_scale, out_shift = _vector(bias), _vector(out_scale), _vector(out_shift)
+        _plan(problem).epilogue(
+            threads(y.numel()), _ptr(y), _ptr(bias), _ptr(shortcut), _ptr(residual), _ptr(rng), _ptr(stats_y),
+            _ptr(y_act), _ptr(out_scale), _ptr(out_shift),
+        )  # fmt: skip
+    return (y if problem.want_y else _absent(problem.dtype)), stats_y, y_act
+
+
+def dgrad(
+    problem: ConvProblem,
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    stats: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    rng: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(g [N,C,H,W], sums_g [2,C]): the gradient before the activation, and the sums of g and g*xhat."""
+    g = _conv_dgrad(problem, dy, x, w)
+    sums = torch.empty((2, problem.C)) if problem.want_stats else _absent()
+    if problem.want_stats or problem.act != "identity" or (problem.p > 0 and problem.drop_at == "prologue"):
+        stats, gamma, beta = _vector(stats), _vector(gamma), _vector(beta)
+        _plan(problem).source_grad(
+            threads(g.numel()), _ptr(g), _ptr(x), _ptr(stats), _ptr(gamma), _ptr(beta), _ptr(rng), _ptr(g), _ptr(sums)
+        )
+    return g, sums
+
+
+def wgrad(
+    problem: ConvProblem,
+    dy: Tensor,
+    x: Tensor,
+    stats: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    rng: Tensor | None,
+) -> Tensor:
+    """dw [K,C,R,S]: the activation is made again from x."""
+    a = _source(problem, x, _vector(stats), _vector(gamma), _vector(beta), rng)
+    return _nhwc(_conv_wgrad(problem, dy, a), problem.w_dtype)
+
+
+def bn_bwd_apply(
+    problem: ConvProblem, g: Tensor, x: Tensor, stats: Tensor, gamma: Tensor | None, sums_g: Tensor | None
+) -> Tensor:
+    """dx [N,C,H,W] from the gradient before the activation: BatchNorm's own backward, in one pass."""
+    dx = torch.empty_like(g, memory_format=torch.channels_last)
+    sums = _vector(sums_g) if problem.batch_stats else None
+    stats, gamma = _vector(stats), _vector(gamma)  # type: ignore[assignment]
+    _plan(problem).bn_bwd_apply(threads(g.numel()), _ptr(g), _ptr(x), _ptr(stats), _ptr(gamma), _ptr(sums), _ptr(dx))
+    return dx
+
+
+def channel_stats(problem: ConvProblem, x: Tensor) -> Tensor:
+    """[2, C]: mean and biased variance of x, read once."""
+    stats = torch.empty((2, problem.C))
+    _plan(problem).channel_stats(threads(x.numel()), _ptr(x), _ptr(stats))
+    return stats
+
+
+def dropout(problem: ConvProblem, x: Tensor, rng: Tensor) -> Tensor:
+    """x * mask / (1 - p)."""
+    y = torch.empty_like(x, memory_format=torch.channels_last)
+    _plan(problem).drop(threads(x.numel()), _ptr(x), _ptr(rng), _ptr(y))
+    return y

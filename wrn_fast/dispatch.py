@@ -1,0 +1,130 @@
+"""The one place that picks a backend, once per (operator, problem), and can say why.
+
+The first backend of `BACKENDS` without a reason against the problem serves it. `WRN_FAST_BACKEND=cuda,aten` and
+`with wrn_fast.backend("cuda,aten")` narrow the list; one name alone must serve, or the call raises with its reason.
+An automatic choice that ends on `aten` on a device for which a faster backend exists warns, once a reason.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+from wrn_fast.backends import BACKENDS
+from wrn_fast.errors import FallbackWarning, WrnFastError
+from wrn_fast.problem import ConvProblem
+
+OPS = ("fprop", "dgrad", "wgrad", "bn_bwd_apply", "channel_stats", "dropout")
+# Devices that a backend was written for: only there is its refusal worth a warning.
+_DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",), "aten": ()}
+_CACHE_LIMIT = 4096
+
+_modules: dict[str, ModuleType] = {}
+_chosen: dict[tuple[str, ConvProblem, tuple[str, ...]], ModuleType] = {}
+_warned: set[tuple[str, str]] = set()
+_selection: tuple[str, ...] | None = None  # set by `backend`; None: the environment decides
+_parsed: dict[str, tuple[str, ...]] = {}
+
+
+def load(name: str) -> ModuleType:
+    """The backend's module, imported on first use."""
+    if name not in _modules:
+        _modules[name] = importlib.import_module(f"wrn_fast.backends.{name}")
+    return _modules[name]
+
+
+def parse(names: str) -> tuple[str, ...]:
+    """'cuda, aten' as a tuple; an empty text means all. Unknown names raise."""
+    if names not in _parsed:
+        wanted = tuple(name.strip() for name in names.split(",") if name.strip())
+        for name in wanted:
+            if name not in BACKENDS:
+                raise WrnFastError(f"`backend`: expected names out of {', '.join(BACKENDS)}, got {name!r}")
+        _parsed[names] = tuple(name for name in BACKENDS if name in wanted) or BACKENDS
+    return _parsed[names]
+
+
+def selection() -> tuple[str, ...]:
+    """The backends that may serve now, in order."""
+    if _selection is not None:
+        return _selection
+    names = os.environ.get("WRN_FAST_BACKEND")
+    return parse(names) if names else BACKENDS
+
+
+@contextmanager
+def use(names: tuple[str, ...] | None) -> Iterator[None]:
+    """`backend` for names that are parsed already; None leaves everything as it is."""
+    global _selection
+    before = _selection
+    _selection = before if names is None else names
+    try:
+        yield
+    finally:
+        _selection = before
+
+
+def backend(names: str):
+    """Narrow the choice inside a `with` block: `with wrn_fast.backend("triton,aten"): ...`.
+
+    A backward pass uses the backends of its forward pass. The setting is the process's, not the thread's, because the
+    engine runs backward in threads of its own.
+
+    Raises:
+        WrnFastError: an unknown name here; inside, where one name alone cannot serve a call.
+    """
+    return use(parse(names))
+
+
+def explain(op: str, problem: ConvProblem) -> dict[str, str | None]:
+    """Each backend's reason against the problem; None where it can serve."""
+    return {name: load(name).unsupported(op, problem) for name in selection()}
+
+
+def choose(op: str, problem: ConvProblem) -> ModuleType:
+    """The backend that serves `op` on `problem`.
+
+    Raises:
+        WrnFastError: no backend of the selection can; the message has each one's reason.
+    """
+    names = selection()
+    key = (op, problem, names)
+    found = _chosen.get(key)
+    return found if found is not None else _choose(key)
+
+
+def _choose(key: tuple[str, ConvProblem, tuple[str, ...]]) -> ModuleType:
+    op, problem, names = key
+    reasons = []
+    for name in names:
+        module = load(name)
+        reason = module.unsupported(op, problem)
+        if reason is None:
+            if name == "aten" and len(names) > 1:
+                _warn(problem, reasons)
+            if len(_chosen) >= _CACHE_LIMIT:
+                _chosen.clear()
+            _chosen[key] = module
+            return module
+        reasons.append((name, reason))
+    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons)
+    raise WrnFastError(f"no backend of {', '.join(names)} can serve {op} on {problem.device} {problem.dtype}: {listed}")
+
+
+def _warn(problem: ConvProblem, reasons: list[tuple[str, str]]) -> None:
+    for name, reason in reasons:
+        if problem.device in _DEVICES[name] and (name, reason) not in _warned:
+            _warned.add((name, reason))
+            warnings.warn(
+                f"wrn_fast runs on plain PyTorch here, because {name}: {reason}", FallbackWarning, stacklevel=5
+            )
+
+
+def forget() -> None:
+    """Drop cached choices and said warnings (for tests, and after a rebuild of an extension)."""
+    _chosen.clear()
+    _warned.clear()

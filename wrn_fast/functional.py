@@ -1,0 +1,149 @@
+"""`bn_act_conv`, the operator that a WideResNet is made of: checked, documented, differentiable, autocast by hand."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from wrn_fast import ops, random
+from wrn_fast.errors import WrnFastError
+
+_FPROP = torch.ops.wrn_fast.fprop.default
+_STATS = torch.ops.wrn_fast.channel_stats.default
+
+
+class ConvOutput(NamedTuple):
+    """What `bn_act_conv` gives; an output that was not asked for has 0 elements."""
+
+    y: Tensor
+    stats: Tensor
+    y_act: Tensor
+
+
+def _composite_wanted() -> bool:
+    """Are transforms at work that a compiled kernel cannot serve (functorch, forward AD)?"""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that x has inside the operator: autocast's where that is on, else its own."""
+    kind = x.device.type
+    if x.dtype.is_floating_point and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def channel_stats(x: Tensor) -> Tensor:
+    """Mean and biased variance of x over N, H, W.
+
+    Args:
+        x: [N, C, H, W], floating, any strides (channels_last is read without a copy).
+
+    Returns:
+        [2, C], float32 (float64 for float64 x), without gradient: `bn_act_conv(batch_stats=True)` has that term.
+
+    Raises:
+        WrnFastError: x is not a floating [N, C, H, W] tensor.
+
+    Numerics: tiles are merged as (count, mean, M2) in a fixed order (Chan, Golub, LeVeque 1983), so the result does
+    not depend on the thread count and a large mean costs no digits.
+    """
+    if _composite_wanted():
+        var, mean = torch.var_mean(x.detach(), (0, 2, 3), correction=0)
+        return torch.stack([mean, var])
+    return _STATS(x.detach())
+
+
+def bn_act_conv(
+    x: Tensor,
+    w: Tensor,
+    stats: Tensor | None = None,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    x_short: Tensor | None = None,
+    w_short: Tensor | None = None,
+    stats_short: Tensor | None = None,
+    gamma_short: Tensor | None = None,
+    beta_short: Tensor | None = None,
+    rng: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_shift: Tensor | None = None,
+    stride: int = 1,
+    pad: int | tuple[int, int, int, int] = 1,
+    act: str = "relu",
+    slope: float = 0.01,
+    eps: float = 1e-5,
+    batch_stats: bool = False,
+    p: float = 0.0,
+    drop_at: str = "prologue",
+    short_stride: int = 1,
+    short_act: str = "identity",
+    short_eps: float = 1e-5,
+    short_batch_stats: bool = False,
+    act_out: str = "none",
+    want_y: bool = True,
+    want_stats: bool = False,
+) -> ConvOutput:
+    """BatchNorm, activation, dropout, convolution, shortcut and residual in one operator.
+
+        a = drop(act((x - mean) / sqrt(var + eps) * gamma + beta))            padded with zeros after that
+        y = drop(conv(a, w) + bias + conv1x1(act_s(bn_s(x_short)), w_short) + residual)
+
+    Args:
+        x: [N, C, H, W], float16, bfloat16, float32 or float64; any strides, channels_last is read without a copy.
+        w: [K, C, R, S], x's dtype, or float32 beside a 16-bit x (its gradient is then float32).
+        stats: [2, C] mean and biased variance, float32 (float64 for float64 x). None: no BatchNorm.
+        gamma, beta: [C], any floating dtype; None is 1 and 0.
+        bias: [K], any floating dtype. residual: [N, K, P, Q], x's dtype, added to y.
+        x_short, w_short: [N, Cs, Hs, Ws] and [K, Cs, 1, 1]: a second source, with a prologue of its own
+            (stats_short, gamma_short, beta_short, short_eps, short_act; the slope is shared).
+        rng: int64 [2], (seed, offset) of the dropout mask; drawn from the device's default generator when None.
+        out_scale, out_shift: [K], for the second output y_act = act_out(y * out_scale + out_shift). Inference only.
+        pad: one number, or (left, right, top, bottom).
+        act, short_act: "identity", "relu", "silu", "leaky_relu"; act_out also "none" (no second output).
+        batch_stats, short_batch_stats: the statistics are x's own (training), so they pass a gradient to x.
+        p, drop_at: dropout probability, and where: "prologue" (after act), "output", "output_act".
+        want_y, want_stats: is y needed beside y_act; are statistics of y wanted.
+
+    Returns:
+        ConvOutput: y [N, K, P, Q] in x's dtype (autocast's under autocast), channels_last; stats [2, K] of y without
+        gradient; y_act [N, K, P, Q] without gradient.
+
+    Raises:
+        WrnFastError: a dtype, device, shape or value that does not fit; the message names the argument.
+
+    Numerics: the prologue, the accumulation and the statistics are float32 (float64 for float64). Deterministic.
+    Source: Zagoruyko and Komodakis, Wide Residual Networks (BMVC 2016), section 2, figure 1; He et al., Identity
+    Mappings in Deep Residual Networks (ECCV 2016), figure 1b.
+    """
+    if not isinstance(x, Tensor) or not isinstance(w, Tensor):
+        name, got = ("x", x) if not isinstance(x, Tensor) else ("w", w)
+        raise WrnFastError(f"`{name}`: expected a tensor, got {type(got).__name__}")
+    dtype = autocast_dtype(x)
+    if dtype != x.dtype:
+        x = x.to(dtype)
+        residual = None if residual is None else residual.to(dtype)
+        x_short = None if x_short is None else x_short.to(dtype)
+    elif residual is not None and residual.dtype != dtype and torch.is_autocast_enabled(x.device.type):
+        residual = residual.to(dtype)
+    if p == 0.0 or drop_at == "none":
+        p, drop_at, rng = 0.0, "none", None
+    elif rng is None:
+        rng = random.draw(x.device)
+    if act_out != "none" and torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
+        raise WrnFastError(
+            "`act_out`: the second output has no gradient; expected torch.no_grad() or inputs without grad"
+        )
+    args = (
+        x, w, stats, gamma, beta, bias, residual, x_short, w_short, stats_short, gamma_short, beta_short, rng,
+        out_scale, out_shift, stride, [pad] * 4 if isinstance(pad, int) else list(pad), act, slope, eps, batch_stats,
+        p, drop_at, short_stride, short_act, short_eps, short_batch_stats, act_out, want_y, want_stats,
+    )  # fmt: skip
+    return ConvOutput(*(ops.composite(*args) if _composite_wanted() else _FPROP(*args)))

@@ -1,0 +1,146 @@
+"""Per-channel statistics: partial results of tiles merged in a fixed order, and BatchNorm's vectors made from them.
+
+A tile leaves (mean, M2) of its rows, or two plain sums; its count follows from its index, so it is not stored. Merging
+takes 64 tiles at a time, in index order, until one is left: no atomics, so two runs are bit-equal, and no difference of
+large sums, so a channel with mean 1000 and variance 1 keeps its digits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from wrn_fast.kernels.conv import wide
+from wrn_fast.kernels.tile import rsqrt, tile_stats
+from wrn_fast.problem import ConvProblem
+
+GROUP = 64  # tiles that one program merges
+
+
+@triton.jit(do_not_specialize=["tiles", "total", "tile_rows"])
+def _merge_kernel(partial, out, tiles, total, tile_rows, CHANNELS: tl.constexpr, SUMS: tl.constexpr,
+                  FINAL: tl.constexpr, GROUP: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """out[group] from partial[group*GROUP ...], both [tiles, 2, CHANNELS]. FINAL divides M2 by the count: variance."""
+    group = tl.program_id(0)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m = c < CHANNELS
+    t = group * GROUP + tl.arange(0, GROUP)
+    valid = (t < tiles)[:, None] & m[None, :]
+    at = t.to(tl.int64)[:, None] * (2 * CHANNELS) + c[None, :]
+    p = tl.load(partial + at, mask=valid, other=0.0)
+    q = tl.load(partial + CHANNELS + at, mask=valid, other=0.0)
+    if SUMS:
+        a = tl.sum(p, 0)
+        b = tl.sum(q, 0)
+    else:
+        left = total - t.to(tl.int64) * tile_rows
+        count = tl.where(left > tile_rows, tile_rows, tl.where(left > 0, left, 0)).to(WIDE)
+        n = tl.sum(count, 0)
+        # Distances from the group's first mean: a large common mean costs no digits.
+        start = tl.load(partial + group.to(tl.int64) * (GROUP * 2 * CHANNELS) + c, mask=m, other=0.0)
+        d = tl.where(valid, p - start[None, :], 0.0)
+        a = start + tl.sum(d * count[:, None], 0) / n
+        e = tl.where(valid, p - a[None, :], 0.0)
+        b = tl.sum(q + e * e * count[:, None], 0)
+        if FINAL:
+            b = b / n
+    o = out + group.to(tl.int64) * (2 * CHANNELS) + c
+    tl.store(o, a, mask=m)
+    tl.store(o + CHANNELS, b, mask=m)
+
+
+def merge(partial: Tensor, total: int, tile_rows: int, sums: bool) -> Tensor:
+    """[2, C] from `partial` [tiles, 2, C]: (mean, biased variance) of `total` rows, `tile_rows` a tile; or plain sums."""
+    channels = partial.shape[2]
+    block_c = min(32, triton.next_power_of_2(channels))
+    while True:
+        tiles = partial.shape[0]
+        groups = -(-tiles // GROUP)
+        out = torch.empty((groups, 2, channels), dtype=partial.dtype, device=partial.device)
+        _merge_kernel[(groups, -(-channels // block_c))](
+            partial, out, tiles, total, tile_rows, CHANNELS=channels, SUMS=sums, FINAL=groups == 1, GROUP=GROUP,
+            BLOCK_C=block_c, WIDE=wide(partial.dtype), num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+        if groups == 1:
+            return out[0]
+        partial, tile_rows = out, tile_rows * GROUP
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _channel_stats_kernel(x, partial, rows, CHANNELS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+                          WIDE: tl.constexpr):  # fmt: skip
+    """(mean, M2) of BLOCK_ROWS pixels, a channel. Reads x once."""
+    tile = tl.program_id(0)
+    r = tile.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m = c < CHANNELS
+    inside = r < rows
+    valid = inside[:, None] & m[None, :]
+    v = tl.load(x + r[:, None] * CHANNELS + c[None, :], mask=valid, other=0.0).to(WIDE)
+    mean, m2 = tile_stats(v, inside, valid, WIDE)
+    part = partial + tile.to(tl.int64) * (2 * CHANNELS) + c
+    tl.store(part, mean, mask=m)
+    tl.store(part + CHANNELS, m2, mask=m)
+
+
+def channel_block(channels: int) -> int:
+    """Channels of an elementwise tile: the power of two that covers them with the least left over."""
+    return min((128, 64, 32, 16), key=lambda b: (-(-channels // b) * b, -b))
+
+
+def channel_stats(problem: ConvProblem, x: Tensor) -> Tensor:
+    """[2, C]: mean and biased variance of x [N,C,H,W] over N, H, W."""
+    rows = problem.N * problem.H * problem.W
+    block_c = channel_block(problem.C)
+    block_rows = 8192 // block_c
+    tiles = -(-rows // block_rows)
+    partial = torch.empty((tiles, 2, problem.C), dtype=problem.stats_dtype, device=x.device)
+    _channel_stats_kernel[(tiles, -(-problem.C // block_c))](
+        x, partial, rows, CHANNELS=problem.C, BLOCK_ROWS=block_rows, BLOCK_C=block_c, WIDE=wide(x.dtype), num_warps=4,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    return merge(partial, rows, block_rows, False)
+
+
+@triton.jit
+def _affine_kernel(stats, gamma, beta, out, CHANNELS: tl.constexpr, EPS: tl.constexpr, GAMMA: tl.constexpr,
+                   BETA: tl.constexpr, CENTER: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """out [4, CHANNELS] = scale, shift, mean, rstd, so that bn(x) = x*scale + shift, or (x - mean)*scale + shift."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m = c < CHANNELS
+    mean = tl.load(stats + c, mask=m, other=0.0)
+    rstd = rsqrt(tl.load(stats + CHANNELS + c, mask=m, other=1.0) + EPS, WIDE)
+    scale = rstd
+    if GAMMA:
+        scale = rstd * tl.load(gamma + c, mask=m, other=0.0).to(WIDE)
+    shift = mean * 0.0
+    if BETA:
+        shift = tl.load(beta + c, mask=m, other=0.0).to(WIDE)
+    if not CENTER:
+        shift = shift - mean * scale
+    tl.store(out + c, scale, mask=m)
+    tl.store(out + CHANNELS + c, shift, mask=m)
+    tl.store(out + 2 * CHANNELS + c, mean, mask=m)
+    tl.store(out + 3 * CHANNELS + c, rstd, mask=m)
+
+
+def centered(dtype: torch.dtype) -> bool:
+    """Does the prologue subtract the mean first? A 16-bit x has lost the digits that this would save."""
+    return dtype.itemsize > 2
+
+
+def affine(stats: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor | None:
+    """[4, C] of `_affine_kernel` for an x of `dtype`; None without statistics."""
+    if stats is None:
+        return None
+    channels = stats.shape[1]
+    stats = stats.contiguous()
+    out = torch.empty((4, channels), dtype=stats.dtype, device=stats.device)
+    _affine_kernel[(-(-channels // 128),)](
+        stats, stats if gamma is None else gamma.contiguous(), stats if beta is None else beta.contiguous(), out,
+        CHANNELS=channels, EPS=eps, GAMMA=gamma is not None, BETA=beta is not None, CENTER=centered(dtype), BLOCK_C=128,
+        WIDE=wide(stats.dtype), num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out

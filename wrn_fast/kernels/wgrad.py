@@ -1,0 +1,183 @@
+"""wgrad: dw[k, r, s, c] = sum over pixels p of y of dy[p, k] * act(bn(x))[p moved by tap (r, s), c].
+
+The pixels are cut into splits; a program adds one split of one tap for a block of C and a block of K and writes it to
+its split's slab. A second pass adds the slabs in index order and turns [C, K] into the filter's [K, C]: no atomics, so
+two runs are bit-equal. Reads x once a (tap, K block), dy once a (tap, C block), from L2 mostly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from wrn_fast.kernels.configs import TileConfig
+from wrn_fast.kernels.conv import wide
+from wrn_fast.kernels.dropout import apply
+from wrn_fast.kernels.stats import affine, centered
+from wrn_fast.kernels.tile import ACTS, dot, prologue, round_to
+from wrn_fast.problem import ConvProblem
+
+
+@dataclass(frozen=True)
+class WgradSpec:
+    """Everything compiled into the kernel but the tile."""
+
+    C: int
+    K: int
+    H: int
+    W: int
+    P: int
+    Q: int
+    R: int
+    S: int
+    stride: int
+    top: int
+    left: int
+    select: bool
+    slope: float
+    center: bool
+    index64: bool
+    source: bool
+    bn: bool
+    act: int
+
+
+@triton.jit(do_not_specialize=["pixels", "split_steps"])
+def _wgrad_kernel(x, dy, slab, affine, pixels, split_steps, spec: tl.constexpr, BLOCK_C: tl.constexpr,
+                  BLOCK_PIXELS: tl.constexpr, COLS0: tl.constexpr, COLS1: tl.constexpr, PREC: tl.constexpr,
+                  WIDE: tl.constexpr):  # fmt: skip
+    """slab[split, r, s, c, k]. Program 0: taps x C blocks x K blocks; program 1: splits."""
+    C: tl.constexpr = spec.C
+    K: tl.constexpr = spec.K
+    TAPS: tl.constexpr = spec.R * spec.S
+    IMAGE: tl.constexpr = spec.P * spec.Q
+    k_tiles: tl.constexpr = (K + COLS0 + COLS1 - 1) // (COLS0 + COLS1)
+    tap = tl.program_id(0) % TAPS
+    block = tl.program_id(0) // TAPS
+    split = tl.program_id(1)
+    c = (block // k_tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
+    col = (block % k_tiles) * (COLS0 + COLS1)
+    k0 = col + tl.arange(0, COLS0)
+    r = tap // spec.S - spec.top
+    s = tap % spec.S - spec.left
+    acc0 = tl.zeros((BLOCK_C, COLS0), WIDE)
+    if COLS1 > 0:
+        k1 = col + COLS0 + tl.arange(0, COLS1)
+        acc1 = tl.zeros((BLOCK_C, COLS1), WIDE)
+    p = split * (split_steps * BLOCK_PIXELS) + tl.arange(0, BLOCK_PIXELS)
+    for _ in tl.range(0, split_steps):
+        rows = p < pixels
+        n = p // IMAGE
+        h = (p % IMAGE) // spec.Q * spec.stride + r
+        v = p % spec.Q * spec.stride + s
+        inside = rows & (h >= 0) & (h < spec.H) & (v >= 0) & (v < spec.W)
+        q = p
+        if spec.index64:
+            n = n.to(tl.int64)
+            q = p.to(tl.int64)
+        at = ((n * spec.H + h) * spec.W + v)[:, None] * C + c[None, :]
+        a = tl.load(x + at, mask=inside[:, None] & (c < C)[None, :], other=0.0)
+        if spec.source:
+            a = prologue(a, inside, c, affine, C, spec.bn, spec.center, spec.act, spec.slope, False, True, spec.select,
+                         a.dtype, WIDE)  # fmt: skip
+        a = tl.trans(a)
+        d0 = tl.load(dy + q[:, None] * K + k0[None, :], mask=rows[:, None] & (k0 < K)[None, :], other=0.0)
+        acc0 = dot(a, d0, acc0, PREC, WIDE)
+        if COLS1 > 0:
+            d1 = tl.load(dy + q[:, None] * K + k1[None, :], mask=rows[:, None] & (k1 < K)[None, :], other=0.0)
+            acc1 = dot(a, d1, acc1, PREC, WIDE)
+        p += BLOCK_PIXELS
+    o = slab + (split.to(tl.int64) * TAPS + tap) * (C * K)
+    tl.store(o + c[:, None] * K + k0[None, :], acc0, mask=(c < C)[:, None] & (k0 < K)[None, :])
+    if COLS1 > 0:
+        tl.store(o + c[:, None] * K + k1[None, :], acc1, mask=(c < C)[:, None] & (k1 < K)[None, :])
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _add_slabs_kernel(slab, dw, splits, C: tl.constexpr, K: tl.constexpr, TAPS: tl.constexpr, BLOCK_C: tl.constexpr,
+                      BLOCK_K: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """dw [K, taps, C] = sum over splits, in index order, of slab [splits, taps, C, K]."""
+    tap = tl.program_id(0)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    k = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask = (c < C)[:, None] & (k < K)[None, :]
+    at = slab + tap.to(tl.int64) * (C * K) + c[:, None] * K + k[None, :]
+    v = tl.zeros((BLOCK_C, BLOCK_K), WIDE)
+    for _ in tl.range(0, splits):
+        v += tl.load(at, mask=mask, other=0.0)
+        at += TAPS * C * K
+    out = dw + k[:, None] * (TAPS * C) + tap * C + c[None, :]
+    tl.store(out, round_to(tl.trans(v), dw.dtype.element_ty), mask=(k < K)[:, None] & (c < C)[None, :])
+
+
+@lru_cache(maxsize=4096)
+def wgrad_spec(problem: ConvProblem, config: TileConfig) -> WgradSpec:
+    """The compiled part of a call."""
+    left, right, top, bottom = problem.pad
+    separate = config.apply or (problem.drop_at == "prologue" and problem.p > 0)
+    source = not separate and (problem.prologue or problem.act != "identity")
+    return WgradSpec(
+        C=problem.C,
+        K=problem.K,
+        H=problem.H,
+        W=problem.W,
+        P=problem.P,
+        Q=problem.Q,
+        R=problem.R,
+        S=problem.S,
+        stride=problem.stride,
+        top=top,
+        left=left,
+        select=max(top, bottom) >= problem.R or max(left, right) >= problem.S,
+        slope=problem.slope,
+        center=centered(problem.dtype),
+        index64=problem.index64,
+        source=source,
+        bn=source and problem.prologue,
+        act=ACTS[problem.act],
+    )
+
+
+def wgrad(
+    problem: ConvProblem,
+    config: TileConfig,
+    precision: str,
+    dy: Tensor,
+    x: Tensor,
+    stats: Tensor | None = None,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    rng: Tensor | None = None,
+) -> Tensor:
+    """dw [K,C,R,S] of dtype problem.w_dtype, channels_last."""
+    spec = wgrad_spec(problem, config)
+    taps = problem.R * problem.S
+    pixels = problem.N * problem.P * problem.Q
+    steps = -(-pixels // config.red)
+    split_steps = -(-steps // config.splits)
+    splits = -(-steps // split_steps)
+    table = affine(stats, gamma, beta, problem.eps, x.dtype)
+    source = x
+    if not spec.source and (problem.prologue or problem.act != "identity" or problem.drop_at == "prologue"):
+        mask = rng if problem.drop_at == "prologue" and problem.p > 0 else None
+        source = apply(x, table, mask, problem.act, problem.slope, problem.p)
+    slab = torch.empty((splits, taps, problem.C, problem.K), dtype=problem.stats_dtype, device=x.device)
+    c_tiles, k_tiles = -(-problem.C // config.rows), -(-problem.K // config.width)
+    _wgrad_kernel[(taps * c_tiles * k_tiles, splits)](
+        source, dy, slab, x if table is None else table, pixels, split_steps, spec=spec, BLOCK_C=config.rows,
+        BLOCK_PIXELS=config.red, COLS0=config.cols[0], COLS1=config.cols[1], PREC=precision, WIDE=wide(x.dtype),
+        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    dw = torch.empty(
+        (problem.K, problem.C, problem.R, problem.S), dtype=problem.w_dtype, device=x.device, memory_format=torch.channels_last
+    )
+    _add_slabs_kernel[(taps, -(-problem.C // 32), -(-problem.K // 64))](
+        slab, dw, splits, C=problem.C, K=problem.K, TAPS=taps, BLOCK_C=32, BLOCK_K=64, WIDE=wide(x.dtype), num_warps=4,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    return dw
