@@ -59,15 +59,14 @@ def paths(text):
 
 
 def exists(word, beside):
-    """Does the path, which may hold `*` or `{a,b}`, exist from the root, the package, csrc, or `beside`?"""
+    """Does the path exist (`*` and `{a,b}` allowed) from the root, the package, csrc, `beside`; a bare name: anywhere?"""
     braces = re.search(r"\{([^{}]*)\}", word)
     if braces:
         parts = braces[1].split(",")
         return all(exists(word[: braces.start()] + part + word[braces.end() :], beside) for part in parts)
-    return any(
-        base.is_dir() and any(True for _ in base.glob(word))
-        for base in {ROOT, ROOT / "wrn_fast", ROOT / "csrc", beside}
-    )
+    if any(True for base in {ROOT, ROOT / "wrn_fast", ROOT / "csrc", beside} for _ in base.glob(word)):
+        return True
+    return "/" not in word and any(True for folder in FOLDERS for _ in (ROOT / folder).rglob(word))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -30,6 +30,7 @@ WRN_INLINE void fprop_channels(const Epilogue& e, const OutTile& t, int c, int n
     T* y = static_cast<T*>(a.y);
     T* y_act = static_cast<T*>(a.y_act);
     const T* residual = static_cast<const T*>(a.residual);
+    const T* addend = static_cast<const T*>(e.addend);
     const int64_t k = t.k0 + c;
     Vec bias = zero(), out_scale = broadcast(1.f), out_shift = zero();
     if (RARE && a.bias) bias = load_upto(a.bias + k, n);
@@ -41,11 +42,10 @@ WRN_INLINE void fprop_channels(const Epilogue& e, const OutTile& t, int c, int n
         const float* acc = t.acc + i * t.acc_row + c;
         const int64_t pixel0 = t.pixel + i * t.pixel_row;
         for (int j = 0; j < t.cols; ++j) {
-            const int64_t pixel = pixel0 + j * t.pixel_col;
-            const int64_t at = pixel * e.channels + k;
+            const int64_t at = (pixel0 + j * t.pixel_col) * e.channels + k;
             Vec v = load(acc + j * t.acc_col);
             if (RARE) v += bias;
-            if (RARE && e.addend) v += load_upto(e.addend + pixel * e.addend_stride + k, n);
+            if (RARE && addend) v += load_upto(addend + at, n);
             if (RESIDUAL) v += load_upto(residual + at, n);
             if (RARE && a.dropout.active && !a.drop_act) v *= dropout_vector(at, a.dropout);
             if (RARE && y_act) {
@@ -147,19 +147,33 @@ TileFn dgrad_tile_for(Act act, bool sums) {
 
 }  // namespace
 
-Epilogue fprop_epilogue(const FpropArgs& args, const float* addend, float* records) {
+Epilogue fprop_epilogue(const FpropArgs& args, const void* addend) {
     const bool rare = args.bias || addend || args.dropout.active || args.y_act || !args.y;
-    const bool residual = args.residual, sums = args.stats_y;
-    const TileFn run = args.dtype == DType::f32 ? fprop_tile_for<float>(residual, sums, rare)
-                                                : fprop_tile_for<bf16>(residual, sums, rare);
-    return {run, args.shape.K, panel_count(args.shape.K) * NR, records, &args, nullptr, addend, args.shape.K};
+    const bool residual = args.residual, sums = args.stats_y, wide = args.dtype == DType::f32;
+    Epilogue e = {};
+    e.run = wide ? fprop_tile_for<float>(residual, sums, rare) : fprop_tile_for<bf16>(residual, sums, rare);
+    e.channels = args.shape.K;
+    e.padded = panel_count(e.channels) * NR;
+    e.fprop = &args;
+    e.addend = addend;
+    e.reads = args.residual;
+    e.writes = args.y;
+    e.element_bytes = wide ? 4 : 2;
+    return e;
 }
 
-Epilogue dgrad_epilogue(const DgradArgs& args, float* records) {
+Epilogue dgrad_epilogue(const DgradArgs& args) {
     const Act act = args.x ? args.prologue.act : Act::identity;
-    const bool sums = args.sums_g;
-    const TileFn run = args.dtype == DType::f32 ? dgrad_tile_for<float>(act, sums) : dgrad_tile_for<bf16>(act, sums);
-    return {run, args.shape.C, panel_count(args.shape.C) * NR, records, nullptr, &args, nullptr, 0};
+    const bool sums = args.sums_g, wide = args.dtype == DType::f32;
+    Epilogue e = {};
+    e.run = wide ? dgrad_tile_for<float>(act, sums) : dgrad_tile_for<bf16>(act, sums);
+    e.channels = args.shape.C;
+    e.padded = panel_count(e.channels) * NR;
+    e.dgrad = &args;
+    e.reads = act != Act::identity || sums ? args.x : nullptr;
+    e.writes = args.g;
+    e.element_bytes = wide ? 4 : 2;
+    return e;
 }
 
 void close_strip(const Epilogue& e, int64_t strip, const OutTile& t, int64_t pixels) {

@@ -31,12 +31,27 @@ struct Epilogue {
     float* records;       // [strips][2][padded], null when no sums are wanted
     const FpropArgs* fprop;
     const DgradArgs* dgrad;
-    const float* addend;  // fp32 [N,P,Q,K]: a shortcut computed beforehand; may alias y
-    int64_t addend_stride;
+    const void* addend;   // [N,P,Q,K] of the output's type: a shortcut computed beforehand; may be y itself
+    const void* reads;    // what a tile reads and writes in memory, for prefetching; may be null
+    const void* writes;
+    int element_bytes;
 };
 
-Epilogue fprop_epilogue(const FpropArgs& args, const float* addend, float* records);
-Epilogue dgrad_epilogue(const DgradArgs& args, float* records);
+// records stay null: whoever runs the tiles sets them when statistics are wanted.
+Epilogue fprop_epilogue(const FpropArgs& args, const void* addend);
+Epilogue dgrad_epilogue(const DgradArgs& args);
+
+// The lines of a tile at `pixel`, a little ahead of its turn: rows of NR channels lie too far apart for the hardware.
+WRN_INLINE void prefetch_tile(const Epilogue& e, int64_t pixel, int64_t pixel_row, int rows, int cols, int64_t k0, int kn) {
+    for (int i = 0; i < rows; ++i)
+        for (int j = 0; j < cols; ++j) {
+            const int64_t at = ((pixel + i * pixel_row + j) * e.channels + k0) * e.element_bytes;
+            for (int b = 0; b < kn * e.element_bytes; b += 64) {
+                if (e.reads) __builtin_prefetch(static_cast<const char*>(e.reads) + at + b, 0, 3);
+                if (e.writes) __builtin_prefetch(static_cast<const char*>(e.writes) + at + b, 1, 3);
+            }
+        }
+}
 
 // Turns the running sums of a strip of `pixels` pixels into its record.
 void close_strip(const Epilogue& e, int64_t strip, const OutTile& tile, int64_t pixels);

@@ -6,6 +6,7 @@
 // which the output transform consumes while it is in L2.
 #pragma once
 
+#include "conv.h"
 #include "epilogue.h"
 #include "filter.h"
 
@@ -17,14 +18,12 @@ struct WinogradInput {
     const void* data;
     DType dtype;
     int64_t N, H, W, C;
-    int64_t padded;  // C rounded up to VL: row length of V and of the prologue's arrays
     int pad_top, pad_left;
+    Prologue prologue;
+    // Set by winograd(): C rounded up to VL, the row length of V; tiles across the output; the prologue's arrays.
+    int64_t padded;
     int64_t tile_cols;
-    // [padded] each, defaults filled in; null when there is no affine step and act is the identity.
-    const float *center, *scale, *shift;
-    Act act;
-    float slope;
-    Dropout dropout;
+    PaddedAffine affine;
 };
 
 // Transforms channels [c0, c1) (multiples of VL) of one strip; tile j goes to v[xi * plane + j * in.padded + c].
@@ -48,6 +47,7 @@ struct WinogradCall {
     Epilogue epilogue;
 };
 
+// statistics: stats_y or sums_g, null when not wanted. Throws std::bad_alloc before any thread starts.
 void winograd(const WinogradCall& call, float* statistics);
 
 }  // namespace WRN_ISA

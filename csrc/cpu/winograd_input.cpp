@@ -25,11 +25,11 @@ struct Block {
 template <int M, class T, bool AFFINE, Act act, bool ALL_ROWS>
 WRN_INLINE void vertical(const WinogradInput& in, const Block<T>& block, int64_t c, float* columns) {
     constexpr int n = M + 2;
-    const Vec center = AFFINE ? load(in.center + c) : zero();
-    const Vec scale = AFFINE ? load(in.scale + c) : zero();
-    const Vec shift = AFFINE ? load(in.shift + c) : zero();
-    const Vec slope = broadcast(in.slope);
-    const bool drop = in.dropout.active;
+    const Vec center = AFFINE ? load(in.affine.center + c) : zero();
+    const Vec scale = AFFINE ? load(in.affine.scale + c) : zero();
+    const Vec shift = AFFINE ? load(in.affine.shift + c) : zero();
+    const Vec slope = broadcast(in.prologue.slope);
+    const bool drop = in.prologue.dropout.active;
     for (int64_t w = 0; w < in.W; ++w) {
         Vec d[n], o[n];
 #pragma GCC unroll 6
@@ -86,10 +86,10 @@ void strip(const WinogradInput& in, int64_t image, int64_t tile_row, int64_t c0,
         all_rows &= inside;
         const int64_t first = (image * in.H + h) * row_elements;
         rows[i] = inside ? static_cast<const T*>(in.data) + first : nullptr;
-        if (inside && in.dropout.active)
-            dropout_multipliers(multipliers + i * multiplier_row, first, row_elements, in.dropout);
+        if (inside && in.prologue.dropout.active)
+            dropout_multipliers(multipliers + i * multiplier_row, first, row_elements, in.prologue.dropout);
     }
-    T* tail = reinterpret_cast<T*>(multipliers + (in.dropout.active ? n * multiplier_row : 0));
+    T* tail = reinterpret_cast<T*>(multipliers + (in.prologue.dropout.active ? n * multiplier_row : 0));
 
     for (int64_t c = c0; c < c1; c += VL) {
         Block<T> block;
@@ -118,11 +118,11 @@ void strip(const WinogradInput& in, int64_t image, int64_t tile_row, int64_t c0,
 
 template <int M, class T>
 InputTransform strip_for(const WinogradInput& in) {
-    switch (in.act) {
+    switch (in.prologue.act) {
         case Act::relu: return strip<M, T, true, Act::relu>;
         case Act::leaky_relu: return strip<M, T, true, Act::leaky_relu>;
         case Act::silu: return strip<M, T, true, Act::silu>;
-        default: return in.center ? strip<M, T, true, Act::identity> : strip<M, T, false, Act::identity>;
+        default: return in.affine.center ? strip<M, T, true, Act::identity> : strip<M, T, false, Act::identity>;
     }
 }
 
@@ -136,7 +136,7 @@ InputTransform input_transform(int m, const WinogradInput& in) {
 int64_t input_scratch_floats(int m, const WinogradInput& in) {
     const int64_t n = m + 2;
     int64_t floats = strip_columns(m, in) * n * VL;
-    if (in.dropout.active) floats += n * (in.W * in.C + VL);
+    if (in.prologue.dropout.active) floats += n * (in.W * in.C + VL);
     if (in.C % VL) floats += n * in.W * VL;
     return floats;
 }
