@@ -1,0 +1,220 @@
+"""Residual blocks through the fused operator: what a block is made of, and one way to run it.
+
+Two operator calls a block. Statistics of a block's output are taken where it is written and handed to the next block's
+BatchNorm inside a chain; a block that someone listens to (hooks, parametrizations, a replaced forward) is called as the
+module that it is, and then nothing is handed on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from wrn_fast.functional import bn_act_conv, channel_stats
+
+
+class BlockParts(NamedTuple):
+    """A pre-activation block as data. Modules are read at each call: flags, statistics and weights may change."""
+
+    bn1: nn.BatchNorm2d
+    conv1: nn.Conv2d
+    bn2: nn.BatchNorm2d
+    conv2: nn.Conv2d
+    shortcut: nn.Conv2d | None  # 1x1; None: x itself, raw
+    act1: tuple[str, float] = ("relu", 0.0)  # name, slope
+    act2: tuple[str, float] = ("relu", 0.0)
+    p: float = 0.0
+    drop_at: str = "prologue"  # of conv2, after act2; "output": of conv1, before bn2
+    conv1_reads_x: bool = False  # raw x; bn1 then only moves its running statistics
+    shortcut_reads_x: bool = False  # raw x instead of act1(bn1(x))
+    pad1: tuple[int, int, int, int] = (1, 1, 1, 1)  # left, right, top, bottom
+    pad2: tuple[int, int, int, int] = (1, 1, 1, 1)
+
+
+class FastBlock:
+    """Mixin of the block classes that `run_chain` may open. First among the bases."""
+
+    def parts(self) -> BlockParts | None:
+        """The block as data, or None where only its own plain forward is right."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block alone: it takes the statistics of x itself."""
+        parts = self.parts()
+        if parts is None:
+            return super().forward(x)  # type: ignore[misc]
+        return run_block(parts, x, None)[0]
+
+
+class Prologue(NamedTuple):
+    """A BatchNorm as the operator's arguments."""
+
+    stats: Tensor
+    gamma: Tensor | None
+    beta: Tensor | None
+    eps: float
+    batch_stats: bool
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def hooked(module: nn.Module) -> bool:
+    """Does someone listen to this module, or has its forward or a parameter been replaced?"""
+    d = module.__dict__
+    return any(d[name] for name in _HOOKS) or "forward" in d or "parametrizations" in d["_modules"]
+
+
+def listened(module: nn.Module) -> bool:
+    """Is a module inside this one hooked? Its owner expects it to be called."""
+    return any(m is not None and (hooked(m) or (m._modules and listened(m))) for m in module._modules.values())
+
+
+def activation(module: nn.Module | None) -> tuple[str, float] | None:
+    """(name, slope) of an activation module that the operator has; None for any other."""
+    kind = type(module)
+    if kind is nn.ReLU:
+        return "relu", 0.0
+    if kind is nn.SiLU:
+        return "silu", 0.0
+    if kind is nn.LeakyReLU:
+        return "leaky_relu", module.negative_slope  # type: ignore[union-attr]
+    return ("identity", 0.0) if kind is nn.Identity else None
+
+
+def padding(conv: nn.Conv2d) -> tuple[int, int, int, int]:
+    """(left, right, top, bottom) of a convolution with numeric padding."""
+    top, left = conv.padding
+    return left, left, top, top  # type: ignore[return-value]
+
+
+def plain_conv(conv: nn.Module | None) -> bool:
+    """Is it a Conv2d that the operator computes: one group, no dilation, square stride, zeros outside?"""
+    return (
+        type(conv) is nn.Conv2d
+        and conv.groups == 1
+        and conv.dilation == (1, 1)
+        and conv.stride[0] == conv.stride[1]
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+    )
+
+
+def uses_batch_stats(bn: nn.BatchNorm2d) -> bool:
+    """BatchNorm's own rule, per call."""
+    return bn.training or bn.running_mean is None or bn.running_var is None
+
+
+def update_running(bn: nn.BatchNorm2d, stats: Tensor, x: Tensor) -> None:
+    """Move the running statistics by the batch's, as BatchNorm2d does; x [N, C, H, W] gives the number of values."""
+    if x.numel() == 0 or not (bn.training and bn.track_running_stats) or bn.running_mean is None:
+        return
+    n = x.numel() // x.shape[1]
+    with torch.no_grad():
+        if bn.num_batches_tracked is not None:
+            bn.num_batches_tracked.add_(1)
+        dtype = bn.running_mean.dtype
+        # momentum None averages all batches; 1 / count stays a tensor, so that nothing waits for the device
+        factor: Any = bn.momentum if bn.momentum is not None else 1.0 / bn.num_batches_tracked.to(dtype)  # type: ignore[union-attr]
+        mean, var = stats.unbind()
+        bn.running_mean.lerp_(mean.to(dtype), factor)
+        bn.running_var.lerp_((var * (n / (n - 1))).to(dtype), factor)  # type: ignore[union-attr]
+
+
+def batch_norm(bn: nn.BatchNorm2d, x: Tensor, stats: Tensor | None) -> Prologue:
+    """The operator's arguments for bn(x); moves the running statistics where BatchNorm2d would.
+
+    Args:
+        bn: read now: training, track_running_stats, momentum, statistics, affine parameters.
+        x: [N, C, H, W], the tensor to be normalised.
+        stats: [2, C] of x where its producer took them; else they are taken here if needed.
+
+    Raises:
+        ValueError: BatchNorm2d's own, for one value a channel in training.
+    """
+    batch = uses_batch_stats(bn)
+    if not batch:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        stats = torch.stack([bn.running_mean, bn.running_var]).to(dtype)  # type: ignore[list-item]
+    else:
+        if x.numel() == x.shape[1]:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")
+        stats = channel_stats(x) if stats is None else stats
+        update_running(bn, stats, x)
+    return Prologue(stats, bn.weight, bn.bias, bn.eps, batch)
+
+
+def run_block(
+    parts: BlockParts, x: Tensor, stats: Tensor | None, want_stats: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """One block in two operator calls.
+
+        a = act1(bn1(x));  h = conv1(a or x);  b = act2(bn2(h));  y = conv2(b) + (x, or shortcut(a or x))
+
+    Args:
+        parts: the block.
+        x: [N, C, H, W], floating.
+        stats: [2, C] of x from its producer, or None.
+        want_stats: are the statistics of y wanted?
+
+    Returns:
+        (y [N, K, P, Q] channels_last, stats_y [2, K] or None).
+    """
+    bn1 = batch_norm(parts.bn1, x, stats)
+    first = dict(zip(("stats", "gamma", "beta", "eps", "batch_stats"), bn1)) | dict(zip(("act", "slope"), parts.act1))
+    h, h_stats, _ = bn_act_conv(
+        x, parts.conv1.weight, bias=parts.conv1.bias, stride=parts.conv1.stride[0], pad=parts.pad1,
+        p=parts.p if parts.drop_at == "output" else 0.0, drop_at=parts.drop_at,
+        want_stats=uses_batch_stats(parts.bn2), **({"act": "identity"} if parts.conv1_reads_x else first),
+    )  # fmt: skip
+    bn2 = batch_norm(parts.bn2, h, h_stats if h_stats.numel() else None)
+    bias, short = parts.conv2.bias, {}
+    if parts.shortcut is None:
+        short["residual"] = x
+    else:
+        short |= {"x_short": x, "w_short": parts.shortcut.weight, "short_stride": parts.shortcut.stride[0]}
+        if not parts.shortcut_reads_x:
+            short |= {
+                "stats_short": bn1.stats, "gamma_short": bn1.gamma, "beta_short": bn1.beta, "short_eps": bn1.eps,
+                "short_batch_stats": bn1.batch_stats, "short_act": parts.act1[0],
+            }  # fmt: skip
+        if parts.shortcut.bias is not None:
+            bias = parts.shortcut.bias if bias is None else bias + parts.shortcut.bias
+    y, y_stats, _ = bn_act_conv(
+        h, parts.conv2.weight, bn2.stats, bn2.gamma, bn2.beta, bias, eps=bn2.eps, batch_stats=bn2.batch_stats,
+        stride=parts.conv2.stride[0], pad=parts.pad2, act=parts.act2[0], slope=parts.act2[1],
+        p=parts.p if parts.drop_at == "prologue" else 0.0, drop_at=parts.drop_at, want_stats=want_stats, **short,
+    )  # fmt: skip
+    return y, y_stats if want_stats else None
+
+
+def _parts(unit: nn.Module) -> BlockParts | None:
+    """The unit's parts if a chain may open it: nobody listens to the unit itself, and it knows its parts."""
+    return unit.parts() if isinstance(unit, FastBlock) and not hooked(unit) else None  # type: ignore[arg-type]
+
+
+def run_chain(units: Sequence[nn.Module], x: Tensor, stats: Tensor | None = None) -> Tensor:
+    """Blocks in a row, statistics handed from one to the next.
+
+    Args:
+        units: modules of one tensor argument; those that are FastBlocks without listeners are opened.
+        x: [N, C, H, W].
+        stats: [2, C] of x, or None.
+
+    Returns:
+        y [N, K, P, Q].
+    """
+    open_units = not _has_any_global_hook()
+    parts = [_parts(unit) if open_units else None for unit in units]
+    for i, unit in enumerate(units):
+        here = parts[i]
+        if here is None:
+            x, stats = unit(x), None
+            continue
+        follower = parts[i + 1] if i + 1 < len(units) else None
+        x, stats = run_block(here, x, stats, follower is not None and uses_batch_stats(follower.bn1))
+    return x

@@ -1,0 +1,133 @@
+"""The drop-in: the reference's modules, weights and outputs, computed through the fused operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from wrn_fast import reference
+from wrn_fast.block import (
+    BlockParts,
+    FastBlock,
+    activation,
+    hooked,
+    listened,
+    padding,
+    plain_conv,
+    run_chain,
+    uses_batch_stats,
+)
+from wrn_fast.errors import WrnFastError
+from wrn_fast.functional import bn_act_conv
+
+
+class BasicBlock(FastBlock, reference.BasicBlock):
+    """The reference's block in two operator calls. Its plain forward serves whoever hooks or replaces an inner module."""
+
+    def parts(self) -> BlockParts | None:
+        """The block as data; None if an inner module is hooked, parametrized or of another kind than was built."""
+        m = self._modules
+        bn1, conv1, bn2, conv2 = m["bn1"], m["conv1"], m["bn2"], m["conv2"]
+        shortcut = m.get("convShortcut")
+        act1, act2 = activation(m["relu1"]), activation(m["relu2"])
+        slopes = {act[1] for act in (act1, act2) if act is not None}
+        if (
+            type(bn1) is not nn.BatchNorm2d
+            or type(bn2) is not nn.BatchNorm2d
+            or act1 is None
+            or act2 is None
+            or len(slopes) > 1
+            or not (plain_conv(conv1) and plain_conv(conv2) and (shortcut is None or plain_conv(shortcut)))
+            or listened(self)
+        ):
+            return None
+        dropping = self.droprate > 0 and (self.training or self.dropout_in_eval)
+        return BlockParts(
+            bn1, conv1, bn2, conv2, shortcut, act1, act2, self.droprate if dropping else 0.0,
+            pad1=padding(conv1), pad2=padding(conv2),
+        )  # fmt: skip
+
+
+class NetworkBlock(reference.NetworkBlock):
+    """A group of blocks; statistics pass from block to block."""
+
+    def units(self) -> list[nn.Module]:
+        """What a chain may run one by one: the blocks, or the group itself if someone listens to it."""
+        if hooked(self) or hooked(self.layer) or type(self.layer) is not nn.Sequential:
+            return [self]
+        return list(self.layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, in_planes, H, W] -> [N, out_planes, H / stride, W / stride]."""
+        if hooked(self.layer) or type(self.layer) is not nn.Sequential:
+            return self.layer(x)
+        return run_chain(list(self.layer), x)
+
+
+class WideResNet(reference.WideResNet):
+    """A fast WideResNet with the reference's weights and outputs. See `wrn_fast.reference.WideResNet` for arguments.
+
+    Parameter names, their order, initial weights for a seed, running statistics, hooks, `state_dict` and flags are the
+    reference's; `load_state_dict(strict=True)` works in both directions.
+
+    Returns (forward):
+        Cosine head: (out [N, num_classes], out_feat [N, 64k]). Classic head: logits [N, num_classes].
+
+    Raises:
+        WrnFastError: x is not floating [N, 3, H, W] in the weights' dtype, or not 32x32 with `pool="window"`.
+
+    Numerics: see `docs/parity.md`; the error against float64 is at most 1.25 times that of eager PyTorch. Dropout
+    masks come from a counter-based generator, so they differ from `F.dropout`'s for the same seed.
+    """
+
+    block_type = BasicBlock
+    group_type = NetworkBlock
+
+    def _check(self, x: Tensor) -> None:
+        channels = self.conv1.in_channels
+        if not isinstance(x, Tensor):
+            raise WrnFastError(f"`x`: expected a tensor, got {type(x).__name__}")
+        if x.dim() != 4 or x.shape[1] != channels:
+            raise WrnFastError(f"`x`: expected shape [N, {channels}, H, W], got {list(x.shape)}")
+        weight = self.conv1.weight
+        if not x.dtype.is_floating_point or (x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)):
+            raise WrnFastError(f"`x`: expected {weight.dtype} as the weights have, got {x.dtype}")
+        if x.device != weight.device:
+            raise WrnFastError(f"`x`: expected device {weight.device} as the weights have, got {x.device}")
+        if self.pool == "window" and tuple(x.shape[2:]) != (32, 32):
+            raise WrnFastError(
+                f'`x`: expected 32x32 images, got {x.shape[2]}x{x.shape[3]} (pool="global" takes any size)'
+            )
+        if min(x.shape[2:]) < 1:
+            raise WrnFastError(f"`x`: expected images of at least 1x1, got {x.shape[2]}x{x.shape[3]}")
+
+    def features(self, x: Tensor) -> Tensor:
+        """[N, 3, H, W] -> [N, 64k, H / 4, W / 4]: everything before the head."""
+        self._check(x)
+        units: list[nn.Module] = []
+        for group in (self.block1, self.block2, self.block3):
+            units += group.units() if isinstance(group, NetworkBlock) else [group]
+        if hooked(self.conv1) or not plain_conv(self.conv1) or _has_any_global_hook():
+            return run_chain(units, self.conv1(x))
+        first = units[0]
+        y, stats, _ = bn_act_conv(
+            x, self.conv1.weight, bias=self.conv1.bias, act="identity", stride=self.conv1.stride[0],
+            pad=padding(self.conv1), want_stats=isinstance(first, BasicBlock) and uses_batch_stats(first.bn1),
+        )  # fmt: skip
+        return run_chain(units, y, stats if stats.numel() else None)
+
+
+def classic(depth: int, num_classes: int, widen_factor: int = 1, dropRate: float = 0.0) -> WideResNet:
+    """A fast WideResNet as most repositories have it: logits out, last bn1 used, dropout in training only.
+
+    Args:
+        depth: 6n + 4: 10, 16, 22, 28, 34, 40, 70...
+        num_classes: logits.
+        widen_factor: k; groups have 16k, 32k and 64k channels.
+        dropRate: dropout probability inside each block.
+
+    Raises:
+        WrnFastError: an argument is outside what is listed here.
+    """
+    return WideResNet(depth, num_classes, widen_factor, dropRate, head="classic", dropout_in_eval=False)
