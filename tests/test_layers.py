@@ -27,7 +27,7 @@ SIDEWAYS = {
     "precision": {"errors"},
     "tuned": {"errors", "problem"},
     "random": {"errors"},
-    "model": {"block"},
+    "model": {"block", "reference"},
     "convert": {"block", "model", "reference"},
     "parity": {"reference"},
     "mc": {"block", "model", "convert"},
@@ -35,7 +35,7 @@ SIDEWAYS = {
     "cli": {"tune", "verify"},
     "demo": {"verify", "tune"},
 }
-NARROW = {"reference": set(), "kernels": LAYERS[0] | {"packing"}, "dispatch": LAYERS[0] | {"backends"}}
+NARROW = {"reference": {"errors"}, "kernels": LAYERS[0] | {"packing"}, "dispatch": LAYERS[0] | {"backends"}}
 
 # Third-party modules beside torch, and who may import them (at any depth, also inside functions).
 OUTSIDERS = {

@@ -74,7 +74,7 @@ def listened(module: nn.Module) -> bool:
     return any(m is not None and (hooked(m) or (m._modules and listened(m))) for m in module._modules.values())
 
 
-def activation(module: nn.Module | None) -> tuple[str, float] | None:
+def activation(module: Any) -> tuple[str, float] | None:
     """(name, slope) of an activation module that the operator has; None for any other."""
     kind = type(module)
     if kind is nn.ReLU:
@@ -82,14 +82,14 @@ def activation(module: nn.Module | None) -> tuple[str, float] | None:
     if kind is nn.SiLU:
         return "silu", 0.0
     if kind is nn.LeakyReLU:
-        return "leaky_relu", module.negative_slope  # type: ignore[union-attr]
+        return "leaky_relu", module.negative_slope
     return ("identity", 0.0) if kind is nn.Identity else None
 
 
-def padding(conv: nn.Conv2d) -> tuple[int, int, int, int]:
+def padding(conv: Any) -> tuple[int, int, int, int]:
     """(left, right, top, bottom) of a convolution with numeric padding."""
     top, left = conv.padding
-    return left, left, top, top  # type: ignore[return-value]
+    return left, left, top, top
 
 
 def plain_conv(conv: nn.Module | None) -> bool:
@@ -165,14 +165,17 @@ def run_block(
         (y [N, K, P, Q] channels_last, stats_y [2, K] or None).
     """
     bn1 = batch_norm(parts.bn1, x, stats)
-    first = dict(zip(("stats", "gamma", "beta", "eps", "batch_stats"), bn1)) | dict(zip(("act", "slope"), parts.act1))
+    first: dict[str, Any] = {"act": "identity"}
+    if not parts.conv1_reads_x:
+        first = bn1._asdict() | {"act": parts.act1[0], "slope": parts.act1[1]}
     h, h_stats, _ = bn_act_conv(
         x, parts.conv1.weight, bias=parts.conv1.bias, stride=parts.conv1.stride[0], pad=parts.pad1,
         p=parts.p if parts.drop_at == "output" else 0.0, drop_at=parts.drop_at,
-        want_stats=uses_batch_stats(parts.bn2), **({"act": "identity"} if parts.conv1_reads_x else first),
+        want_stats=uses_batch_stats(parts.bn2), **first,
     )  # fmt: skip
     bn2 = batch_norm(parts.bn2, h, h_stats if h_stats.numel() else None)
-    bias, short = parts.conv2.bias, {}
+    bias = parts.conv2.bias
+    short: dict[str, Any] = {}
     if parts.shortcut is None:
         short["residual"] = x
     else:

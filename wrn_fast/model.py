@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -23,11 +25,11 @@ from wrn_fast.functional import bn_act_conv
 
 
 class BasicBlock(FastBlock, reference.BasicBlock):
-    """The reference's block in two operator calls. Its plain forward serves whoever hooks or replaces an inner module."""
+    """The reference's block in two operator calls. Its plain forward serves who hooks or replaces an inner module."""
 
     def parts(self) -> BlockParts | None:
         """The block as data; None if an inner module is hooked, parametrized or of another kind than was built."""
-        m = self._modules
+        m: dict[str, Any] = self._modules
         bn1, conv1, bn2, conv2 = m["bn1"], m["conv1"], m["bn2"], m["conv2"]
         shortcut = m.get("convShortcut")
         act1, act2 = activation(m["relu1"]), activation(m["relu2"])

@@ -1,7 +1,8 @@
 """The reference WideResNet in plain PyTorch: the weights' home, the documentation and, in float64, the oracle.
 
 Pre-activation wide residual network WRN-d-k: n = (d - 4) / 6 blocks in each of three groups of width 16k, 32k, 64k at
-32x32, 16x16 and 8x8 (Zagoruyko and Komodakis, Wide Residual Networks, BMVC 2016, table 1). Nothing here calls a backend.
+32x32, 16x16 and 8x8 (Zagoruyko and Komodakis, Wide Residual Networks, BMVC 2016, table 1). Nothing here calls a
+backend.
 
 Two heads exist. `cosine` is that of zaeemzadeh/OOD (Out-of-Distribution Detection Using Union of 1-Dimensional
 Subspaces, CVPR 2021), whose model this one equals weight for weight and output for output; its quirks, all kept:
@@ -86,7 +87,7 @@ class NetworkBlock(nn.Module):
                     dropRate,
                     dropout_in_eval=dropout_in_eval,
                     act=act,
-                )  # fmt: skip
+                )
                 for i in range(nb_layers)
             )
         )
@@ -119,20 +120,34 @@ class WideResNet(nn.Module):
 
     block_type: type[BasicBlock] = BasicBlock
     group_type: type[NetworkBlock] = NetworkBlock
+    block1: NetworkBlock
+    block2: NetworkBlock
+    block3: NetworkBlock
 
-    def __init__(self, depth: int, num_classes: int, widen_factor: int = 1, dropRate: float = 0.0, *,
-                 head: str = "cosine", dropout_in_eval: bool = True, pool: str = "window", act: str = "relu") -> None:  # fmt: skip
+    def __init__(
+        self,
+        depth: int,
+        num_classes: int,
+        widen_factor: int = 1,
+        dropRate: float = 0.0,
+        *,
+        head: str = "cosine",
+        dropout_in_eval: bool = True,
+        pool: str = "window",
+        act: str = "relu",
+    ) -> None:
         check_arguments(depth, num_classes, widen_factor, dropRate, head, pool, act)
         super().__init__()
         widths = [16, 16 * widen_factor, 32 * widen_factor, 64 * widen_factor]
         n = (depth - 4) // 6
-        options = {"dropout_in_eval": dropout_in_eval, "act": act}
         self.head = head
         self.pool = pool
         self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
         self.dropout = nn.Dropout(0.3)
         for g, stride in enumerate((1, 2, 2), 1):
-            group = self.group_type(n, widths[g - 1], widths[g], self.block_type, stride, dropRate, **options)
+            group = self.group_type(
+                n, widths[g - 1], widths[g], self.block_type, stride, dropRate, dropout_in_eval=dropout_in_eval, act=act
+            )
             self.add_module(f"block{g}", group)
         self.bn1 = nn.BatchNorm2d(widths[3])
         self.relu = ACTS[act]()
@@ -187,9 +202,9 @@ def check_arguments(depth: int, num_classes: int, widen_factor: int, dropRate: f
             raise WrnFastError(f"`{name}`: expected an integer of at least 1, got {value!r}")
     if not 0.0 <= dropRate <= 1.0:
         raise WrnFastError(f"`dropRate`: expected a probability in [0, 1], got {dropRate!r}")
-    for name, value, known in (("head", head, HEADS), ("pool", pool, POOLS), ("act", act, tuple(ACTS))):
-        if value not in known:
-            raise WrnFastError(f"`{name}`: expected one of {', '.join(known)}, got {value!r}")
+    for name, word, known in (("head", head, HEADS), ("pool", pool, POOLS), ("act", act, tuple(ACTS))):
+        if word not in known:
+            raise WrnFastError(f"`{name}`: expected one of {', '.join(known)}, got {word!r}")
 
 
 def classic(depth: int, num_classes: int, widen_factor: int = 1, dropRate: float = 0.0) -> WideResNet:
