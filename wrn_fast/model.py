@@ -93,7 +93,9 @@ class WideResNet(reference.WideResNet):
         if x.dim() != 4 or x.shape[1] != channels:
             raise WrnFastError(f"`x`: expected shape [N, {channels}, H, W], got {list(x.shape)}")
         weight = self.conv1.weight
-        if not x.dtype.is_floating_point or (x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)):
+        kind = x.device.type
+        casting = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        if not x.dtype.is_floating_point or (x.dtype != weight.dtype and not casting):
             raise WrnFastError(f"`x`: expected {weight.dtype} as the weights have, got {x.dtype}")
         if x.device != weight.device:
             raise WrnFastError(f"`x`: expected device {weight.device} as the weights have, got {x.device}")
