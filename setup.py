@@ -35,7 +35,7 @@ CSRC = ROOT / "csrc"
 REASONS = "_build_reasons.txt"
 
 # csrc/cpu: these are compiled once, for any CPU; every other file once per instruction set.
-CPU_ONCE = ("module.cpp", "isa.cpp", "scratch.cpp", "policy.cpp")
+CPU_ONCE = ("module.cpp", "plan.cpp", "isa.cpp", "scratch.cpp", "policy.cpp")
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fopenmp -ffp-contract=off -fno-math-errno -Wall -Wextra".split()
 # -Wno-maybe-uninitialized: hundreds of false warnings in GCC 12's own avx512fintrin.h (GCC bug 105593).
 ISA_FLAGS = {

@@ -42,6 +42,9 @@ struct Weight {
     int64_t stride_k = 0, stride_c = 0, stride_r = 0, stride_s = 0;
 };
 
+// Most taps of a filter, R * S.
+constexpr int kTapsMax = 49;
+
 struct ConvShape {
     int64_t N = 0, H = 0, W = 0, C = 0, K = 0, P = 0, Q = 0;
     int R = 3, S = 3, stride = 1;

@@ -5,54 +5,104 @@ Each raises WrnFastError naming the argument, what was expected and what came; w
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from wrn_fast.errors import WrnFastError
-from wrn_fast.problem import ConvProblem
+from wrn_fast.problem import DROP_AT, ConvProblem, FpropArgs
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_REQUIRED = ("x", "w")
+_KINDS: dict[str, tuple[type, str]] = {
+    **dict.fromkeys(("stride", "short_stride"), (Integral, "an integer")),
+    **dict.fromkeys(("slope", "eps", "p", "short_eps"), (Real, "a number")),
+    **dict.fromkeys(("act", "drop_at", "short_act", "act_out"), (str, "a string")),
+    **dict.fromkeys(("batch_stats", "short_batch_stats", "want_y", "want_stats"), (bool, "a bool")),
+}
+
+
+def check_types(named: Mapping[str, Any]) -> None:
+    """Python types of fprop's arguments, by name: asked only after something went wrong, to say what it was."""
+    for name, v in named.items():
+        if name == "pad":
+            if not isinstance(v, Integral) and not (
+                isinstance(v, (list, tuple)) and len(v) == 4 and all(isinstance(side, Integral) for side in v)
+            ):
+                raise WrnFastError(f"`pad`: expected an integer or four (left, right, top, bottom), got {v!r}")
+        elif name in _KINDS:
+            kind, said = _KINDS[name]
+            if not isinstance(v, kind):
+                raise WrnFastError(f"`{name}`: expected {said}, got {type(v).__name__}")
+        elif not isinstance(v, Tensor) and (v is not None or name in _REQUIRED):
+            raise WrnFastError(f"`{name}`: expected a tensor, got {type(v).__name__}")
+
+
+def check_place(name: str, v: Tensor, x: Tensor) -> None:
+    """Dense memory on the device of x."""
+    if v.device != x.device:
+        raise WrnFastError(f"`{name}`: expected device {x.device} as x has, got {v.device}")
+    if v.layout != torch.strided:
+        raise WrnFastError(f"`{name}`: expected a dense tensor, got layout {v.layout}")
 
 
 def check_activation(name: str, v: Tensor, x: Tensor, shape: tuple | None = None) -> None:
+    """A [N, C, H, W] beside x: dtype and device are x's."""
     if v.dim() != 4:
         raise WrnFastError(f"`{name}`: expected 4 dimensions [N, C, H, W], got shape {list(v.shape)}")
     if shape is not None and tuple(v.shape) != shape:
         raise WrnFastError(f"`{name}`: expected shape {list(shape)}, got {list(v.shape)}")
     if v.dtype != x.dtype:
         raise WrnFastError(f"`{name}`: expected {x.dtype} as x has, got {v.dtype}")
-    if v.device != x.device:
-        raise WrnFastError(f"`{name}`: expected device {x.device} as x has, got {v.device}")
+    check_place(name, v, x)
 
 
 def check_vector(name: str, v: Tensor | None, x: Tensor, shape: tuple, dtype: torch.dtype | None = None) -> None:
-    """A tensor with an entry a channel; any floating dtype unless one is asked for."""
+    """A tensor with an entry a channel; any of the four dtypes unless one is asked for."""
     if v is None:
         return
     if tuple(v.shape) != shape:
         raise WrnFastError(f"`{name}`: expected shape {list(shape)}, got {list(v.shape)}")
-    if v.dtype != dtype if dtype is not None else not v.dtype.is_floating_point:
+    if v.dtype != dtype if dtype is not None else v.dtype not in DTYPES:
         raise WrnFastError(f"`{name}`: expected {dtype or 'a floating dtype'}, got {v.dtype}")
-    if v.device != x.device:
-        raise WrnFastError(f"`{name}`: expected device {x.device} as x has, got {v.device}")
+    check_place(name, v, x)
 
 
-def check_x(x: Tensor) -> None:
-    if not x.dtype.is_floating_point:
-        raise WrnFastError(f"`x`: expected a floating dtype, got {x.dtype}")
+def check_x(x: Tensor, name: str = "x") -> None:
+    """The tensor that everything else is measured against; an empty batch is fine, an empty image is not."""
+    if x.dtype not in DTYPES:
+        raise WrnFastError(f"`{name}`: expected float16, bfloat16, float32 or float64, got {x.dtype}")
     if x.dim() != 4:
-        raise WrnFastError(f"`x`: expected 4 dimensions [N, C, H, W], got shape {list(x.shape)}")
+        raise WrnFastError(f"`{name}`: expected 4 dimensions [N, C, H, W], got shape {list(x.shape)}")
+    if 0 in x.shape[1:]:
+        raise WrnFastError(f"`{name}`: expected at least one channel and one pixel, got shape {list(x.shape)}")
+    if x.layout != torch.strided:
+        raise WrnFastError(f"`{name}`: expected a dense tensor, got layout {x.layout}")
 
 
 def check_filter(name: str, w: Tensor, x: Tensor, c: int, taps: tuple[int, int] | None = None) -> None:
-    if w.dim() != 4 or w.shape[1] != c or (taps is not None and tuple(w.shape[2:]) != taps):
+    """[K, C, R, S] for a source of C channels."""
+    check_filter_shape(name, w.shape, c, taps)
+    check_filter_dtype(name, w.dtype, x)
+    check_place(name, w, x)
+
+
+def check_filter_shape(name: str, shape: Sequence[int], c: int, taps: tuple[int, int] | None = None) -> None:
+    if len(shape) != 4 or shape[1] != c or 0 in shape or (taps is not None and tuple(shape[2:]) != taps):
         r, s = taps or ("R", "S")
-        raise WrnFastError(f"`{name}`: expected shape [K, {c}, {r}, {s}] to match C={c} of x, got {list(w.shape)}")
-    if w.dtype != x.dtype and not (w.dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16)):
-        raise WrnFastError(f"`{name}`: expected {x.dtype} as x has (or float32 beside a 16-bit x), got {w.dtype}")
-    if w.device != x.device:
-        raise WrnFastError(f"`{name}`: expected device {x.device} as x has, got {w.device}")
+        raise WrnFastError(f"`{name}`: expected shape [K, {c}, {r}, {s}] to match its input's C={c}, got {list(shape)}")
 
 
-def check_prologue(suffix: str, x: Tensor, stats, gamma, beta) -> None:
+def check_filter_dtype(name: str, dtype: torch.dtype, x: Tensor) -> None:
+    if dtype != x.dtype and not (dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16)):
+        raise WrnFastError(f"`{name}`: expected {x.dtype} as x has (or float32 beside a 16-bit x), got {dtype}")
+
+
+def check_prologue(suffix: str, x: Tensor, stats: Tensor | None, gamma: Tensor | None, beta: Tensor | None) -> None:
+    """stats, gamma and beta of the source x."""
     c = x.shape[1]
     if stats is None and (gamma is not None or beta is not None):
         raise WrnFastError(f"`stats{suffix}`: expected [2, {c}] beside gamma{suffix} and beta{suffix}, got None")
@@ -69,70 +119,61 @@ def check_rng(rng: Tensor | None, x: Tensor, p: float, drop_at: str) -> None:
         raise WrnFastError(f"`rng`: expected int64 [2] (seed, offset) on {x.device} for dropout p={p}, got {got}")
 
 
-def _pad(pad) -> tuple[int, int, int, int]:
+def _pad(pad: Sequence[int]) -> tuple[int, int, int, int]:
     if len(pad) != 4:
         raise WrnFastError(f"`pad`: expected four numbers (left, right, top, bottom), got {list(pad)}")
-    return tuple(pad)
+    return tuple(pad)  # type: ignore[return-value]
 
 
-def source_problem(
-    dy, x, w_shape, w_dtype, stats, gamma, beta, rng, stride, pad, act, slope, eps, p, want
-) -> ConvProblem:
-    """The problem of dgrad and wgrad, checked."""
-    check_x(x)
-    check_prologue("", x, stats, gamma, beta)
-    check_rng(rng, x, p, "prologue")
-    n, c, h, wd = x.shape
-    k, _, r, s = w_shape
-    problem = ConvProblem(
-        x.device.type, x.dtype, w_dtype, n, h, wd, c, k, r, s, stride, _pad(pad), act, slope, eps, stats is not None,
-        gamma is not None or beta is not None, False, p, "prologue" if p > 0 else "none", want_stats=want,
-    )  # fmt: skip
-    problem.check()
-    check_activation("dy", dy, x, (n, k, problem.P, problem.Q))
-    return problem
-
-
-def fprop_problem(
-    x, w, stats, gamma, beta, bias, residual, x_short, w_short, stats_short, gamma_short, beta_short, rng, out_scale,
-    out_shift, stride, pad, act, slope, eps, batch_stats, p, drop_at, short_stride, short_act, short_eps,
-    short_batch_stats, act_out, want_y, want_stats,
-) -> ConvProblem:  # fmt: skip
-    """The problem of fprop, checked: raises WrnFastError that names the argument."""
+def fprop_problem(a: FpropArgs) -> ConvProblem:
+    """The problem of fprop, checked."""
+    x, w = a.x, a.w
     check_x(x)
     n, c, h, wd = x.shape
     check_filter("w", w, x, c)
     k, _, r, s = w.shape
-    check_prologue("", x, stats, gamma, beta)
-    check_rng(rng, x, p, drop_at)
+    check_prologue("", x, a.stats, a.gamma, a.beta)
+    # No dropout has one spelling from here on.
+    p, drop_at = a.p, a.drop_at
+    if p == 0.0 and drop_at in DROP_AT:
+        drop_at = "none"
+    elif drop_at == "none" and 0.0 <= p <= 1.0:
+        p = 0.0
+    short_c = 0 if a.x_short is None else a.x_short.shape[1] if a.x_short.dim() == 4 else -1
     problem = ConvProblem(
-        x.device.type, x.dtype, w.dtype, n, h, wd, c, k, r, s, stride, _pad(pad), act, slope, eps, stats is not None,
-        gamma is not None or beta is not None, batch_stats, p, drop_at, bias is not None, residual is not None,
-        0 if x_short is None else x_short.shape[1], short_stride, stats_short is not None,
-        gamma_short is not None or beta_short is not None, short_act, short_eps, short_batch_stats, act_out, want_y,
-        want_stats,
+        x.device.type, x.dtype, w.dtype, n, h, wd, c, k, r, s, a.stride, _pad(a.pad), a.act, a.slope, a.eps,
+        a.stats is not None, a.gamma is not None or a.beta is not None, a.batch_stats, p, drop_at,
+        a.bias is not None, a.residual is not None, short_c, a.short_stride, a.stats_short is not None,
+        a.gamma_short is not None or a.beta_short is not None, a.short_act, a.short_eps, a.short_batch_stats,
+        a.act_out, a.want_y, a.want_stats,
     )  # fmt: skip
     problem.check()
-    check_vector("bias", bias, x, (k,))
-    if residual is not None:
-        check_activation("residual", residual, x, (n, k, problem.P, problem.Q))
-    if (x_short is None) != (w_short is None):
-        raise WrnFastError("`w_short`: expected together with `x_short`, got one of them alone")
-    if x_short is not None:
-        _check_short(problem, x, x_short, w_short)
-        check_prologue("_short", x_short, stats_short, gamma_short, beta_short)
-    elif stats_short is not None:
-        raise WrnFastError("`stats_short`: expected None without `x_short`")
-    check_vector("out_scale", out_scale, x, (k,))
-    check_vector("out_shift", out_shift, x, (k,))
-    if not want_y and (act_out == "none" or want_stats):
+    check_rng(a.rng, x, p, drop_at)
+    check_vector("bias", a.bias, x, (k,))
+    if a.residual is not None:
+        check_activation("residual", a.residual, x, (n, k, problem.P, problem.Q))
+    if a.x_short is not None:
+        _check_short(problem, x, a.x_short, a.w_short)
+        check_prologue("_short", a.x_short, a.stats_short, a.gamma_short, a.beta_short)
+    else:
+        for name in ("w_short", "stats_short", "gamma_short", "beta_short"):
+            if getattr(a, name) is not None:
+                raise WrnFastError(f"`{name}`: expected None without `x_short`, got a tensor")
+    check_vector("out_scale", a.out_scale, x, (k,))
+    check_vector("out_shift", a.out_shift, x, (k,))
+    if not a.want_y and (a.act_out == "none" or a.want_stats):
         raise WrnFastError("`want_y`: False needs a second output (`act_out`) and no statistics of y")
     return problem
 
 
-def _check_short(problem: ConvProblem, x: Tensor, x_short: Tensor, w_short: Tensor) -> None:
+def _check_short(problem: ConvProblem, x: Tensor, x_short: Tensor, w_short: Tensor | None) -> None:
+    check_x(x_short, "x_short")
     check_activation("x_short", x_short, x)
+    if w_short is None:
+        raise WrnFastError(f"`w_short`: expected [{problem.K}, {x_short.shape[1]}, 1, 1] beside `x_short`, got None")
     check_filter("w_short", w_short, x, x_short.shape[1], (1, 1))
+    if w_short.dtype != problem.w_dtype:
+        raise WrnFastError(f"`w_short`: expected {problem.w_dtype} as w has, got {w_short.dtype}")
     n, _, h, wd = x_short.shape
     st = problem.short_stride
     got = (n, w_short.shape[0], (h - 1) // st + 1, (wd - 1) // st + 1)
@@ -141,8 +182,97 @@ def _check_short(problem: ConvProblem, x: Tensor, x_short: Tensor, w_short: Tens
         raise WrnFastError(f"`x_short`: expected its 1x1 convolution to give {list(want)}, got {list(got)}")
 
 
-def plain_problem(x: Tensor, **scalars) -> ConvProblem:
+def wgrad_problem(
+    dy: Tensor,
+    x: Tensor,
+    stats: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    rng: Tensor | None,
+    w_shape: Sequence[int],
+    w_dtype: torch.dtype,
+    stride: int,
+    pad: Sequence[int],
+    act: str,
+    slope: float,
+    eps: float,
+    p: float,
+    want_sums: bool = False,
+) -> ConvProblem:
+    """The problem of wgrad, checked; with `want_sums` that of dgrad."""
+    check_x(x)
+    n, c, h, wd = x.shape
+    check_filter_shape("w_shape", w_shape, c)
+    check_filter_dtype("w_dtype", w_dtype, x)
+    check_prologue("", x, stats, gamma, beta)
+    k, _, r, s = w_shape
+    problem = ConvProblem(
+        x.device.type, x.dtype, w_dtype, n, h, wd, c, k, r, s, stride, _pad(pad), act, slope, eps, stats is not None,
+        gamma is not None or beta is not None, False, p, "prologue" if p > 0 else "none", want_stats=want_sums,
+    )  # fmt: skip
+    problem.check()
+    check_rng(rng, x, p, "prologue")
+    check_activation("dy", dy, x, (n, k, problem.P, problem.Q))
+    return problem
+
+
+def dgrad_problem(
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    stats: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    rng: Tensor | None,
+    stride: int,
+    pad: Sequence[int],
+    act: str,
+    slope: float,
+    eps: float,
+    p: float,
+    want_sums: bool,
+) -> ConvProblem:
+    """The problem of dgrad, checked."""
+    check_x(x)
+    check_filter("w", w, x, x.shape[1])
+    if want_sums and stats is None:
+        raise WrnFastError("`want_sums`: expected False without `stats`, got True")
+    return wgrad_problem(
+        dy, x, stats, gamma, beta, rng, w.shape, w.dtype, stride, pad, act, slope, eps, p, want_sums
+    )  # fmt: skip
+
+
+def bn_bwd_apply_problem(
+    g: Tensor, x: Tensor, stats: Tensor, gamma: Tensor | None, sums_g: Tensor | None, eps: float, batch_stats: bool
+) -> ConvProblem:
+    """The problem of bn_bwd_apply, checked."""
+    problem = _plain_problem(
+        x, eps=eps, prologue=True, affine=gamma is not None, batch_stats=batch_stats, want_stats=sums_g is not None
+    )
+    check_activation("g", g, x, tuple(x.shape))
+    check_prologue("", x, stats, gamma, None)
+    check_vector("sums_g", sums_g, x, (2, problem.C), problem.stats_dtype)
+    if batch_stats and sums_g is None:
+        raise WrnFastError(f"`sums_g`: expected [2, {problem.C}] for batch statistics, got None")
+    return problem
+
+
+def channel_stats_problem(x: Tensor) -> ConvProblem:
+    """The problem of channel_stats, checked."""
+    return _plain_problem(x, want_stats=True)
+
+
+def dropout_problem(x: Tensor, rng: Tensor, p: float) -> ConvProblem:
+    """The problem of dropout, checked."""
+    problem = _plain_problem(x, p=p, drop_at="output")
+    check_rng(rng, x, p, "output")
+    return problem
+
+
+def _plain_problem(x: Tensor, **scalars: Any) -> ConvProblem:
     """A problem without a convolution."""
     check_x(x)
     n, c, h, wd = x.shape
-    return ConvProblem(x.device.type, x.dtype, x.dtype, n, h, wd, c, c, 1, 1, **scalars)
+    problem = ConvProblem(x.device.type, x.dtype, x.dtype, n, h, wd, c, c, 1, 1, **scalars)
+    problem.check()
+    return problem

@@ -10,13 +10,13 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from types import ModuleType
 
 from wrn_fast.backends import BACKENDS
 from wrn_fast.errors import FallbackWarning, WrnFastError
 from wrn_fast.problem import ConvProblem
+from wrn_fast.setting import Setting
 
 OPS = ("fprop", "dgrad", "wgrad", "bn_bwd_apply", "channel_stats", "dropout")
 # Devices that a backend was written for: only there is its refusal worth a warning.
@@ -26,7 +26,7 @@ _CACHE_LIMIT = 4096
 _modules: dict[str, ModuleType] = {}
 _chosen: dict[tuple[str, ConvProblem, tuple[str, ...]], ModuleType] = {}
 _warned: set[tuple[str, str]] = set()
-_selection: tuple[str, ...] | None = None  # set by `backend`; None: the environment decides
+_setting: Setting[tuple[str, ...]] = Setting()
 _parsed: dict[str, tuple[str, ...]] = {}
 
 
@@ -39,6 +39,8 @@ def load(name: str) -> ModuleType:
 
 def parse(names: str) -> tuple[str, ...]:
     """'cuda, aten' as a tuple; an empty text means all. Unknown names raise."""
+    if not isinstance(names, str):
+        raise WrnFastError(f"`backend`: expected names with commas between them, got {type(names).__name__}")
     if names not in _parsed:
         wanted = tuple(name.strip() for name in names.split(",") if name.strip())
         for name in wanted:
@@ -50,34 +52,28 @@ def parse(names: str) -> tuple[str, ...]:
 
 def selection() -> tuple[str, ...]:
     """The backends that may serve now, in order."""
-    if _selection is not None:
-        return _selection
-    names = os.environ.get("WRN_FAST_BACKEND")
-    return parse(names) if names else BACKENDS
+    names = _setting.get()
+    if names is not None:
+        return names
+    wanted = os.environ.get("WRN_FAST_BACKEND")
+    return parse(wanted) if wanted else BACKENDS
 
 
-@contextmanager
-def use(names: tuple[str, ...] | None) -> Iterator[None]:
-    """`backend` for names that are parsed already; None leaves everything as it is."""
-    global _selection
-    before = _selection
-    _selection = before if names is None else names
-    try:
-        yield
-    finally:
-        _selection = before
-
-
-def backend(names: str):
+def backend(names: str) -> AbstractContextManager[None]:
     """Narrow the choice inside a `with` block: `with wrn_fast.backend("triton,aten"): ...`.
 
-    A backward pass uses the backends of its forward pass. The setting is the process's, not the thread's, because the
-    engine runs backward in threads of its own.
+    The setting is the process's. A backward pass uses the backends of its forward pass, whatever is set when it runs.
+
+    Args:
+        names: one name or several of cuda, triton, cpu, aten, with commas; their order does not matter.
 
     Raises:
-        WrnFastError: an unknown name here; inside, where one name alone cannot serve a call.
+        WrnFastError: an unknown name here; inside, where no backend of the list can serve a call.
     """
-    return use(parse(names))
+    return _setting.block(parse(names))
+
+
+take_over = _setting.take_over
 
 
 def explain(op: str, problem: ConvProblem) -> dict[str, str | None]:
@@ -99,7 +95,7 @@ def choose(op: str, problem: ConvProblem) -> ModuleType:
 
 def _choose(key: tuple[str, ConvProblem, tuple[str, ...]]) -> ModuleType:
     op, problem, names = key
-    reasons = []
+    reasons: list[tuple[str, str]] = []
     for name in names:
         module = load(name)
         reason = module.unsupported(op, problem)

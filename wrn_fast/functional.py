@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from wrn_fast import ops, random
+from wrn_fast.backends import aten
+from wrn_fast.checks import check_types, check_x
 from wrn_fast.errors import WrnFastError
+from wrn_fast.problem import FpropArgs
 
-_FPROP = torch.ops.wrn_fast.fprop.default
-_STATS = torch.ops.wrn_fast.channel_stats.default
+# What autocast casts: not float64, as with PyTorch's own convolutions.
+_AUTOCAST = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class ConvOutput(NamedTuple):
@@ -29,12 +32,14 @@ def _composite_wanted() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+def _autocasts(x: Tensor) -> bool:
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype in _AUTOCAST
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that x has inside the operator: autocast's where that is on, else its own."""
-    kind = x.device.type
-    if x.dtype.is_floating_point and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
+    return torch.get_autocast_dtype(x.device.type) if _autocasts(x) else x.dtype
 
 
 def channel_stats(x: Tensor) -> Tensor:
@@ -52,10 +57,12 @@ def channel_stats(x: Tensor) -> Tensor:
     Numerics: tiles are merged as (count, mean, M2) in a fixed order (Chan, Golub, LeVeque 1983), so the result does
     not depend on the thread count and a large mean costs no digits.
     """
+    if not isinstance(x, Tensor):
+        raise WrnFastError(f"`x`: expected a tensor, got {type(x).__name__}")
     if _composite_wanted():
-        var, mean = torch.var_mean(x.detach(), (0, 2, 3), correction=0)
-        return torch.stack([mean, var])
-    return _STATS(x.detach())
+        check_x(x)
+        return aten.moments(x.detach().to(torch.promote_types(x.dtype, torch.float32)))
+    return ops.channel_stats(x.detach())
 
 
 def bn_act_conv(
@@ -123,27 +130,46 @@ def bn_act_conv(
     Source: Zagoruyko and Komodakis, Wide Residual Networks (BMVC 2016), section 2, figure 1; He et al., Identity
     Mappings in Deep Residual Networks (ECCV 2016), figure 1b.
     """
-    if not isinstance(x, Tensor) or not isinstance(w, Tensor):
-        name, got = ("x", x) if not isinstance(x, Tensor) else ("w", w)
-        raise WrnFastError(f"`{name}`: expected a tensor, got {type(got).__name__}")
-    dtype = autocast_dtype(x)
-    if dtype != x.dtype:
-        x = x.to(dtype)
-        residual = None if residual is None else residual.to(dtype)
-        x_short = None if x_short is None else x_short.to(dtype)
-    elif residual is not None and residual.dtype != dtype and torch.is_autocast_enabled(x.device.type):
-        residual = residual.to(dtype)
-    if p == 0.0 or drop_at == "none":
-        p, drop_at, rng = 0.0, "none", None
-    elif rng is None:
-        rng = random.draw(x.device)
-    if act_out != "none" and torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
-        raise WrnFastError(
-            "`act_out`: the second output has no gradient; expected torch.no_grad() or inputs without grad"
-        )
-    args = (
+    if isinstance(pad, int):
+        pad = (pad,) * 4
+    args = FpropArgs(
         x, w, stats, gamma, beta, bias, residual, x_short, w_short, stats_short, gamma_short, beta_short, rng,
-        out_scale, out_shift, stride, [pad] * 4 if isinstance(pad, int) else list(pad), act, slope, eps, batch_stats,
-        p, drop_at, short_stride, short_act, short_eps, short_batch_stats, act_out, want_y, want_stats,
+        out_scale, out_shift, stride, pad, act, slope, eps, batch_stats, p, drop_at, short_stride, short_act,
+        short_eps, short_batch_stats, act_out, want_y, want_stats,
     )  # fmt: skip
-    return ConvOutput(*(ops.composite(*args) if _composite_wanted() else _FPROP(*args)))
+    try:
+        if _autocasts(x):
+            args = _cast(args, torch.get_autocast_dtype(x.device.type))
+        if rng is None and p != 0.0 and drop_at != "none":
+            args = args._replace(rng=random.draw(x.device))
+        if _composite_wanted():
+            return ConvOutput(*ops.composite(*args))
+        if torch.is_grad_enabled():
+            _check_gradient(args)
+        return ConvOutput(*ops.fprop(*args))
+    except (AttributeError, RuntimeError, TypeError):
+        check_types(args._asdict())
+        raise
+
+
+def _cast(a: FpropArgs, dtype: torch.dtype) -> FpropArgs:
+    """Autocast by hand: activations only. A float32 filter stays the parameter that it is, and packing casts it."""
+
+    def cast(v: Any, kept: torch.dtype | None = None) -> Any:
+        return v if v is None or v.dtype not in _AUTOCAST or v.dtype is kept else v.to(dtype)
+
+    return a._replace(
+        x=cast(a.x), residual=cast(a.residual), x_short=cast(a.x_short), w=cast(a.w, torch.float32),
+        w_short=cast(a.w_short, torch.float32),
+    )  # fmt: skip
+
+
+def _check_gradient(a: FpropArgs) -> None:
+    """Gradients that are asked for and would be missing."""
+    for name, v in (("stats", a.stats), ("stats_short", a.stats_short)):
+        if v is not None and v.requires_grad:
+            raise WrnFastError(f"`{name}`: expected a tensor without gradient (channel_stats gives one), got one with")
+    if a.act_out != "none" and any(isinstance(v, Tensor) and v.requires_grad for v in a):
+        raise WrnFastError(
+            "`act_out`: the second output has no gradient; expected torch.no_grad() or inputs without gradient"
+        )

@@ -11,15 +11,53 @@ NPQK. As an implicit GEMM:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import inf
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from wrn_fast.errors import WrnFastError
 
 ACTS = ("identity", "relu", "silu", "leaky_relu")
 DROP_AT = ("none", "prologue", "output", "output_act")
 ACTS_OUT = ("none", *ACTS)
+
+
+class FpropArgs(NamedTuple):
+    """The arguments of fprop, by the names and in the order of its schema: tensors first."""
+
+    x: Tensor
+    w: Tensor
+    stats: Tensor | None
+    gamma: Tensor | None
+    beta: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+    x_short: Tensor | None
+    w_short: Tensor | None
+    stats_short: Tensor | None
+    gamma_short: Tensor | None
+    beta_short: Tensor | None
+    rng: Tensor | None
+    out_scale: Tensor | None
+    out_shift: Tensor | None
+    stride: int
+    pad: Sequence[int]
+    act: str
+    slope: float
+    eps: float
+    batch_stats: bool
+    p: float
+    drop_at: str
+    short_stride: int
+    short_act: str
+    short_eps: float
+    short_batch_stats: bool
+    act_out: str
+    want_y: bool
+    want_stats: bool
 
 
 class ConvProblem(NamedTuple):
@@ -120,10 +158,12 @@ class ConvProblem(NamedTuple):
             raise WrnFastError(f"`short_stride`: expected at least 1, got {self.short_stride}")
         if min(self.pad) < 0:
             raise WrnFastError(f"`pad`: expected four numbers of at least 0, got {list(self.pad)}")
-        if not (self.eps >= 0.0 and self.short_eps >= 0.0):
-            raise WrnFastError(f"`eps`: expected at least 0, got {self.eps} (shortcut {self.short_eps})")
-        if self.R < 1 or self.S < 1:
-            raise WrnFastError(f"`w`: expected at least one tap, got R={self.R}, S={self.S}")
+        if not 0.0 <= self.eps < inf:
+            raise WrnFastError(f"`eps`: expected a finite number of at least 0, got {self.eps}")
+        if not 0.0 <= self.short_eps < inf:
+            raise WrnFastError(f"`short_eps`: expected a finite number of at least 0, got {self.short_eps}")
+        if not -inf < self.slope < inf:
+            raise WrnFastError(f"`slope`: expected a finite number, got {self.slope}")
         if self.P < 1 or self.Q < 1:
             raise WrnFastError(
                 f"`x`: expected an image of at least {self.R}x{self.S} after padding {list(self.pad)}, "

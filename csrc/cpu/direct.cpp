@@ -10,7 +10,7 @@ namespace {
 // Output pixels of one chunk: enough to pay for reading a panel of weights (L3), few enough for a buffer in L2.
 constexpr int64_t kChunkPixels = 128;
 constexpr int64_t kSharedBytes = int64_t{32} << 20;
-constexpr int kSegmentsMax = 10;
+constexpr int kSegmentsMax = kTapsMax + 1;
 
 int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 

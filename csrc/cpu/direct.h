@@ -1,4 +1,4 @@
-// Implicit GEMM for any R x S <= 3x3 filter, stride 1 or 2, and its dgrad; the 1x1 shortcut rides along as one more tap.
+// Implicit GEMM for any filter of up to kTapsMax taps and any stride, and its dgrad; the 1x1 shortcut rides along as one more tap.
 //
 // The prologue runs once a pixel into a zero-bordered fp32 buffer of a few rows; every tap then reads rows of that buffer
 // in place: one GEMM segment a tap. dgrad gathers: output column w meets tap s where (w + pad_left - s) is a multiple of

@@ -54,95 +54,6 @@ void source_rows(const SourceArgs& args, int64_t begin, int64_t end) {
 }
 
 template <class T>
-void epilogue_rows(const EpilogueArgs& args, int64_t begin, int64_t end, double* mean, double* m2) {
-    const int64_t C = args.C;
-    T* y = static_cast<T*>(args.y);
-    T* y_act = static_cast<T*>(args.y_act);
-    const T* shortcut = static_cast<const T*>(args.shortcut);
-    const T* residual = static_cast<const T*>(args.residual);
-    const Vec slope = broadcast(args.slope_out);
-    float buffer[TILE_ELEMENTS];
-    for_tiles(begin, end, C, [&](const Tile& t) {
-        const float* keep = tile_multipliers(buffer, args.dropout, t, C);
-        for (int64_t r = 0; r < t.rows; ++r) {
-            const int64_t row = (t.row + r) * C + t.c;
-            for (int64_t c = 0; c < t.width; c += VL) {
-                const int64_t left = t.width - c;
-                Vec v = load_upto(y + row + c, left);
-                if (args.bias) v += load_upto(args.bias + t.c + c, left);
-                if (shortcut) v += load_upto(shortcut + row + c, left);
-                if (residual) v += load_upto(residual + row + c, left);
-                if (keep && !args.drop_act) v = v * load_upto(keep + r * t.width + c, left);
-                store_upto(y + row + c, v, left);
-                if (!y_act) continue;
-                if (args.out_scale) v = v * load_upto(args.out_scale + t.c + c, left);
-                if (args.out_shift) v += load_upto(args.out_shift + t.c + c, left);
-                v = activate(args.act_out, v, slope);
-                if (keep && args.drop_act) v = v * load_upto(keep + r * t.width + c, left);
-                store_upto(y_act + row + c, v, left);
-            }
-        }
-        if (args.stats)
-            add_moments(y + t.row * C + t.c, C, t.rows, t.width, mean + t.c, m2 + t.c,
-                        static_cast<double>(t.row - begin));
-    });
-}
-
-// Adds sums of g and g * (x - center) over the tile; x null: of g alone.
-template <class T>
-WRN_INLINE void add_products(const T* g, const T* x, const float* center, int64_t C, const Tile& t, double* sum_g,
-                             double* sum_gx) {
-    for (int64_t c = t.c; c < t.c + t.width; c += VL) {
-        const int64_t left = smaller(VL, t.c + t.width - c);
-        const Vec mean = center ? load_upto(center + c, left) : zero();
-        Vec s0 = zero(), s1 = zero();
-        for (int64_t r = 0; r < t.rows; ++r) {
-            const int64_t at = (t.row + r) * C + c;
-            const Vec v = load_upto(g + at, left);
-            s0 += v;
-            s1 = fma(v, load_upto(x + at, left) - mean, s1);
-        }
-        float part0[VL], part1[VL];
-        store(part0, s0);
-        store(part1, s1);
-        for (int64_t i = 0; i < left; ++i) {
-            sum_g[c + i] += static_cast<double>(part0[i]);
-            sum_gx[c + i] += static_cast<double>(part1[i]);
-        }
-    }
-}
-
-template <class T>
-void source_grad_rows(const SourceGradArgs& args, int64_t begin, int64_t end, double* sum_g, double* sum_gx) {
-    const int64_t C = args.C;
-    const T* da = static_cast<const T*>(args.da);
-    const T* x = static_cast<const T*>(args.x);
-    T* g = static_cast<T*>(args.g);
-    const Prologue p = args.prologue;
-    const Vec slope = broadcast(p.slope);
-    float buffer[TILE_ELEMENTS];
-    for_tiles(begin, end, C, [&](const Tile& t) {
-        const float* keep = tile_multipliers(buffer, p.dropout, t, C);
-        for (int64_t r = 0; r < t.rows; ++r) {
-            const int64_t row = (t.row + r) * C + t.c;
-            for (int64_t c = 0; c < t.width; c += VL) {
-                const int64_t left = t.width - c;
-                Vec v = load_upto(da + row + c, left);
-                if (keep) v = v * load_upto(keep + r * t.width + c, left);
-                if (p.act != Act::identity) {
-                    const Vec pre = pre_activation(p, load_upto(x + row + c, left), t.c + c, left);
-                    // A blend, not a product: an infinite da behind a closed relu is 0, as in PyTorch.
-                    v = p.act == Act::relu ? select(less_equal(pre, zero()), zero(), v)
-                                           : v * activate_grad(p.act, pre, slope);
-                }
-                store_upto(g + row + c, v, left);
-            }
-        }
-        if (args.sums) add_products(g, x, p.center, C, t, sum_g, sum_gx);
-    });
-}
-
-template <class T>
 void bn_bwd_rows(const BnBwdArgs& args, int64_t begin, int64_t end) {
     const int64_t C = args.C;
     const T* g = static_cast<const T*>(args.g);
@@ -178,40 +89,6 @@ void source(const SourceArgs& args) {
     });
 }
 
-void epilogue(const EpilogueArgs& args) {
-    const Chunks chunks(args.rows, args.C);
-    const Partials partials(chunks, args.C, args.stats != nullptr);
-    for_chunks(chunks, args.threads, [&](int64_t i, int64_t begin, int64_t end) {
-        double* mean = args.stats ? partials.first(i) : nullptr;
-        double* m2 = args.stats ? partials.second(i) : nullptr;
-        args.dtype == DType::f32 ? epilogue_rows<float>(args, begin, end, mean, m2)
-                                 : epilogue_rows<bf16>(args, begin, end, mean, m2);
-    });
-    if (args.stats) finish_moments(partials, chunks, args.C, args.stats);
-}
-
-void source_grad(const SourceGradArgs& args) {
-    const Chunks chunks(args.rows, args.C);
-    const Partials partials(chunks, args.C, args.sums != nullptr);
-    for_chunks(chunks, args.threads, [&](int64_t i, int64_t begin, int64_t end) {
-        double* sum_g = args.sums ? partials.first(i) : nullptr;
-        double* sum_gx = args.sums ? partials.second(i) : nullptr;
-        args.dtype == DType::f32 ? source_grad_rows<float>(args, begin, end, sum_g, sum_gx)
-                                 : source_grad_rows<bf16>(args, begin, end, sum_g, sum_gx);
-    });
-    if (!args.sums) return;
-    double *sum_g = partials.first(0), *sum_gx = partials.second(0);
-    for (int64_t i = 1; i < chunks.count; ++i)
-        for (int64_t c = 0; c < args.C; ++c) {
-            sum_g[c] += partials.first(i)[c];
-            sum_gx[c] += partials.second(i)[c];
-        }
-    for (int64_t c = 0; c < args.C; ++c) {
-        args.sums[c] = static_cast<float>(sum_g[c]);
-        args.sums[args.C + c] = static_cast<float>(sum_gx[c] * static_cast<double>(args.rstd[c]));
-    }
-}
-
 void bn_bwd(const BnBwdArgs& args) {
     const Chunks chunks(args.rows, args.C);
     for_chunks(chunks, args.threads, [&](int64_t, int64_t begin, int64_t end) {
@@ -241,7 +118,7 @@ void stats(const StatsArgs& args) {
 }  // namespace
 
 extern const Passes passes;
-const Passes passes = {source, epilogue, source_grad, bn_bwd, stats};
+const Passes passes = {source, bn_bwd, stats};
 
 }  // namespace WRN_ISA
 }  // namespace wrn_fast

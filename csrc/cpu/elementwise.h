@@ -18,39 +18,6 @@ struct SourceArgs {
     void* a = nullptr;
 };
 
-// y = dropout(y + bias + shortcut + residual) in place, then the statistics of y as stored, then
-// y_act = act_out(y * out_scale + out_shift), dropped when drop_act is set.
-struct EpilogueArgs {
-    int64_t rows = 0, C = 0;
-    DType dtype = DType::f32;
-    int threads = 1;
-    void* y = nullptr;
-    const float* bias = nullptr;
-    const void* shortcut = nullptr;
-    const void* residual = nullptr;
-    Dropout dropout;
-    bool drop_act = false;
-    float* stats = nullptr;  // [2,C]: mean, biased variance
-    void* y_act = nullptr;
-    Act act_out = Act::identity;
-    float slope_out = 0.f;
-    const float* out_scale = nullptr;
-    const float* out_shift = nullptr;
-};
-
-// g = dropout'(da) * act'((x - center) * scale + shift); sums = (sum g, sum g * (x - center) * rstd) of g as stored.
-struct SourceGradArgs {
-    int64_t rows = 0, C = 0;
-    DType dtype = DType::f32;
-    int threads = 1;
-    const void* da = nullptr;
-    const void* x = nullptr;
-    Prologue prologue;
-    const float* rstd = nullptr;
-    void* g = nullptr;  // may be da
-    float* sums = nullptr;
-};
-
 // dx = scale * (g - sums[0]/rows - (x - mean) * rstd * sums[1]/rows); without sums, dx = scale * g.
 struct BnBwdArgs {
     int64_t rows = 0, C = 0;
@@ -77,8 +44,6 @@ struct StatsArgs {
 
 struct Passes {
     void (*source)(const SourceArgs&);
-    void (*epilogue)(const EpilogueArgs&);
-    void (*source_grad)(const SourceGradArgs&);
     void (*bn_bwd)(const BnBwdArgs&);
     void (*stats)(const StatsArgs&);
 };

@@ -5,8 +5,6 @@ namespace wrn_fast {
 namespace WRN_ISA {
 namespace {
 
-constexpr int TAPS_MAX = 9;
-
 const char* offset(const void* data, DType dtype, int64_t elements) {
     return static_cast<const char*>(data) + elements * (dtype == DType::f32 ? 4 : 2);
 }
@@ -99,7 +97,7 @@ void pack_rows(int m, const FilterView& f, int64_t panel, int64_t begin, int64_t
     const int width = panel_vectors(f.out, panel) * VL;
     const int64_t first = panel * NR;
     const int lanes = static_cast<int>(f.out - first < width ? f.out - first : width);
-    float taps[TAPS_MAX][NR];
+    float taps[kTapsMax][NR];
     for (int64_t c = begin; c < end; ++c, out += width) {
         if (f.dtype == DType::f32)
             gather<float>(f, first, lanes, c, taps);

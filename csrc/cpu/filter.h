@@ -4,6 +4,7 @@
 // the direct kernel. Panels hold NR output channels; the last holds VL when that is enough; missing channels are zero.
 #pragma once
 
+#include "../problem.h"
 #include "gemm.h"
 
 namespace wrn_fast {

@@ -5,9 +5,9 @@ namespace wrn_fast {
 namespace WRN_ISA {
 namespace {
 
-// One cut: acc = sum over `length` channels, then C = acc or C += acc.
+// sum += the products of one cut of `length` channels.
 template <int MR, int NV>
-WRN_INLINE void cut(const float* a, int64_t lda, const float* b, int64_t length, float* c, int64_t ldc, bool accumulate) {
+WRN_INLINE void cut(const float* a, int64_t lda, const float* b, int64_t length, Vec (*sum)[NV]) {
     Vec acc[MR][NV];
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m)
@@ -26,29 +26,31 @@ WRN_INLINE void cut(const float* a, int64_t lda, const float* b, int64_t length,
         }
         b += NV * VL;
     }
-    if (accumulate) {
-#pragma GCC unroll 16
-        for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 2
-            for (int n = 0; n < NV; ++n) acc[m][n] += load(c + m * ldc + n * VL);
-    }
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 2
-        for (int n = 0; n < NV; ++n) store(c + m * ldc + n * VL, acc[m][n]);
+        for (int n = 0; n < NV; ++n) sum[m][n] += acc[m][n];
 }
 
 template <int MR, int NV>
 void block(const Segment* segments, int n_segments, int64_t row, float* c, int64_t ldc, bool accumulate) {
+    Vec sum[MR][NV];
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 2
+        for (int n = 0; n < NV; ++n) sum[m][n] = accumulate ? load(c + m * ldc + n * VL) : zero();
     for (int s = 0; s < n_segments; ++s) {
         const Segment& g = segments[s];
         const float* a = g.a + row * g.lda;
         for (int64_t k = 0; k < g.length; k += kCut) {
             const int64_t length = g.length - k < kCut ? g.length - k : kCut;
-            cut<MR, NV>(a + k, g.lda, g.b + k * NV * VL, length, c, ldc, accumulate);
-            accumulate = true;
+            cut<MR, NV>(a + k, g.lda, g.b + k * NV * VL, length, sum);
         }
     }
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 2
+        for (int n = 0; n < NV; ++n) store(c + m * ldc + n * VL, sum[m][n]);
 }
 
 using BlockFn = void (*)(const Segment*, int, int64_t, float*, int64_t, bool);
@@ -64,13 +66,6 @@ BlockFn block_of(int rows) {
         case 6: return block<6, NV>;
 #if defined(__AVX512F__)
         case 7: return block<7, NV>;
-        case 8: return block<8, NV>;
-        case 9: return block<9, NV>;
-        case 10: return block<10, NV>;
-        case 11: return block<11, NV>;
-        case 12: return block<12, NV>;
-        case 13: return block<13, NV>;
-        case 14: return block<14, NV>;
 #endif
         default: return nullptr;
     }
@@ -79,7 +74,7 @@ BlockFn block_of(int rows) {
 }  // namespace
 
 void gemm_panel(int nv, const Segment* segments, int n_segments, int64_t rows, float* c, int64_t ldc, bool accumulate) {
-    // Even blocks (32 = 11 + 11 + 10) keep every block near the full register tile.
+    // Even blocks (32 = 7 + 7 + 6 + 6 + 6) keep every block near the full register tile.
     const int64_t blocks = (rows + MR_MAX - 1) / MR_MAX;
     int64_t row = 0;
     for (int64_t i = 0; i < blocks; ++i) {

@@ -4,7 +4,7 @@
 //   element i (64-bit index in NHWC order) takes word i & 3 of the block with key = (seed lo, seed hi) and
 //   counter = (i >> 2 lo, i >> 2 hi, offset lo, offset hi), and is kept when word >= threshold.
 //
-// Sixteen blocks at a time in plain loops over lanes: compilers turn the 32x32 -> 64 bit products into vpmuludq.
+// Several blocks at a time in plain loops over lanes: compilers turn the 32x32 -> 64 bit products into vpmuludq.
 #pragma once
 
 #include "../problem.h"
@@ -16,10 +16,11 @@ namespace WRN_ISA {
 constexpr int PHILOX_LANES = 16;
 constexpr int PHILOX_GROUP = 4 * PHILOX_LANES;  // elements
 
-// out [PHILOX_GROUP]: scale where kept, 0 where dropped, of the elements from 4 * first_block on.
+// out [4 * LANES]: scale where kept, 0 where dropped, of the elements from 4 * first_block on.
+template <int LANES>
 WRN_INLINE void philox_group(float* out, uint64_t first_block, const Dropout& d) {
-    uint32_t c0[PHILOX_LANES], c1[PHILOX_LANES], c2[PHILOX_LANES], c3[PHILOX_LANES];
-    for (int i = 0; i < PHILOX_LANES; ++i) {
+    uint32_t c0[LANES], c1[LANES], c2[LANES], c3[LANES];
+    for (int i = 0; i < LANES; ++i) {
         const uint64_t block = first_block + static_cast<uint64_t>(i);
         c0[i] = static_cast<uint32_t>(block);
         c1[i] = static_cast<uint32_t>(block >> 32);
@@ -28,7 +29,7 @@ WRN_INLINE void philox_group(float* out, uint64_t first_block, const Dropout& d)
     }
     uint32_t k0 = static_cast<uint32_t>(d.seed), k1 = static_cast<uint32_t>(d.seed >> 32);
     for (int round = 0; round < 10; ++round) {
-        for (int i = 0; i < PHILOX_LANES; ++i) {
+        for (int i = 0; i < LANES; ++i) {
             const uint64_t p0 = static_cast<uint64_t>(c0[i]) * 0xD2511F53u;
             const uint64_t p1 = static_cast<uint64_t>(c2[i]) * 0xCD9E8D57u;
             c0[i] = static_cast<uint32_t>(p1 >> 32) ^ c1[i] ^ k0;
@@ -39,7 +40,7 @@ WRN_INLINE void philox_group(float* out, uint64_t first_block, const Dropout& d)
         k0 += 0x9E3779B9u;
         k1 += 0xBB67AE85u;
     }
-    for (int i = 0; i < PHILOX_LANES; ++i) {
+    for (int i = 0; i < LANES; ++i) {
         out[4 * i] = c0[i] >= d.threshold ? d.scale : 0.f;
         out[4 * i + 1] = c1[i] >= d.threshold ? d.scale : 0.f;
         out[4 * i + 2] = c2[i] >= d.threshold ? d.scale : 0.f;
@@ -54,15 +55,24 @@ static inline __attribute__((noinline, unused)) void dropout_multipliers(float* 
     int64_t at = -(first & 3);
     for (uint64_t i = 0; at < n; i += PHILOX_LANES, at += PHILOX_GROUP) {
         if (at >= 0 && at + PHILOX_GROUP <= n) {
-            philox_group(out + at, block + i, d);
+            philox_group<PHILOX_LANES>(out + at, block + i, d);
             continue;
         }
         float group[PHILOX_GROUP];
-        philox_group(group, block + i, d);
+        philox_group<PHILOX_LANES>(group, block + i, d);
         const int64_t begin = at < 0 ? -at : 0;
         const int64_t end = n - at < PHILOX_GROUP ? n - at : PHILOX_GROUP;
         memcpy(out + at + begin, group + begin, sizeof(float) * static_cast<size_t>(end - begin));
     }
+}
+
+// What to multiply the VL elements from `first` on with.
+WRN_INLINE Vec dropout_vector(int64_t first, const Dropout& d) {
+    // VL / 4 blocks, and one more when `first` is not the first of its block.
+    constexpr int lanes = VL / 2;
+    float group[4 * lanes];
+    philox_group<lanes>(group, static_cast<uint64_t>(first) >> 2, d);
+    return load(group + (first & 3));
 }
 
 }  // namespace WRN_ISA

@@ -5,6 +5,8 @@ namespace wrn_fast {
 
 Algo choose_algo(const ConvShape& s, bool dgrad, bool pin_batch) {
     if (s.R != 3 || s.S != 3 || s.stride != 1) return Algo::direct;
+    // The gradient is a convolution of dy padded by 2 - pad: a negative number would crop.
+    if (dgrad && (s.pad_left > 2 || s.pad_right > 2 || s.pad_top > 2 || s.pad_bottom > 2)) return Algo::direct;
     const int64_t height = dgrad ? s.H : s.P, width = dgrad ? s.W : s.Q;
     // A 4x4 tile on such an output is mostly overhang.
     if (height <= 2 || width <= 2) return Algo::f2;

@@ -32,16 +32,15 @@ def activate(v: Tensor, act: str, slope: float) -> Tensor:
     return v
 
 
-def act_grad(v: Tensor, act: str, slope: float) -> Tensor:
-    """act'(v), 0 at 0 for relu and `slope` at 0 for leaky_relu, as PyTorch defines them."""
+def act_backward(g: Tensor, v: Tensor, act: str, slope: float) -> Tensor:
+    """g * act'(v) as PyTorch's own backward has it: a selection, 0 at 0 for relu, `slope` at 0 for leaky_relu."""
     if act == "relu":
-        return (v > 0).to(v.dtype)
+        return torch.ops.aten.threshold_backward(g, v, 0)
     if act == "silu":
-        s = torch.sigmoid(v)
-        return s * (1 + v * (1 - s))
+        return torch.ops.aten.silu_backward(g, v)
     if act == "leaky_relu":
-        return torch.where(v > 0, 1.0, slope).to(v.dtype)
-    return torch.ones_like(v)
+        return torch.ops.aten.leaky_relu_backward(g, v, slope, False)
+    return g
 
 
 def channel(v: Tensor) -> Tensor:
@@ -64,7 +63,9 @@ def standardize(v: Tensor, stats: Tensor, eps: float) -> Tensor:
 
 
 def moments(v: Tensor) -> Tensor:
-    """[2, C]: mean and biased variance over N, H, W."""
+    """[2, C]: mean and biased variance over N, H, W; zeros for an empty batch."""
+    if v.shape[0] == 0:
+        return v.new_zeros(2, v.shape[1])
     var, mean = torch.var_mean(v, (0, 2, 3), correction=0)
     return torch.stack([mean, var])
 
@@ -79,12 +80,19 @@ def _absent(like: Tensor, dtype: torch.dtype) -> Tensor:
     return like.new_empty(0, dtype=dtype)
 
 
-def _source(problem: ConvProblem, x: Tensor, stats, gamma, beta, rng) -> Tensor:
+def _source(
+    problem: ConvProblem,
+    x: Tensor,
+    stats: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    rng: Tensor | None,
+) -> Tensor:
     """act(bn(x)), dropped, in the compute dtype: what the convolution reads inside its padding."""
     v = normalize(x.to(problem.stats_dtype), stats, gamma, beta, problem.eps)
     a = activate(v, problem.act, problem.slope)
     if problem.drop_at == "prologue" and problem.p > 0:
-        a = random.dropout(a, rng, problem.p)
+        a = random.dropout(a, rng, problem.p)  # type: ignore[arg-type]
     return a.to(problem.compute_dtype)
 
 
@@ -196,7 +204,8 @@ def dgrad(
     if problem.drop_at == "prologue" and problem.p > 0:
         g = random.dropout(g, rng, problem.p)  # type: ignore[arg-type]
     if problem.act != "identity":
-        g = g * act_grad(normalize(x.to(wide), stats, gamma, beta, problem.eps), problem.act, problem.slope)
+        v = normalize(x.to(wide), stats, gamma, beta, problem.eps)
+        g = act_backward(g, v, problem.act, problem.slope)
     out = _nhwc(g, problem.dtype)
     if not problem.want_stats:
         return out, _absent(x, wide)

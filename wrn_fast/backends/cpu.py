@@ -1,7 +1,10 @@
-"""Adapter to the C++ extension `_cpu`: fp32 and bf16 on the CPU, in fused vectorised passes over channels_last tensors.
+"""Adapter to the C++ extension `_cpu`: fp32 and bf16 on the CPU, one C++ call an operator.
 
-Every argument is checked before it gets here; this file makes pointers of tensors, allocates outputs and decides, per
-problem, whose convolution runs: `_conv_fprop`, `_conv_dgrad` and `_conv_wgrad` are the places.
+Every argument is checked before it gets here; this file makes pointers of tensors, allocates outputs and keeps packed
+filters (`wrn_fast.packing`). Which algorithm runs is csrc/cpu/policy.cpp's choice, narrowed by `wrn_fast.precision`.
+
+Numerics: products and sums are float32, cut every 32 channels; statistics merge in float64. bfloat16 is converted in the
+transforms, so its convolution is rounded once, at the store. Bits do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wrn_fast import packing, precision
 from wrn_fast._build import missing_extension_reason
 from wrn_fast.problem import ConvProblem
 
@@ -53,6 +57,14 @@ def _load() -> tuple[ModuleType | None, str | None]:
     return _cpu, None
 
 
+def _extension() -> Any:
+    extension, reason = _load()
+    if extension is None:
+        raise RuntimeError(reason)
+    return extension
+
+
+@functools.cache
 def isa() -> str | None:
     """The instruction set of the extension (`wrn-fast info`); None where there is no extension."""
     extension, _ = _load()
@@ -67,22 +79,27 @@ def unsupported(op: str, problem: ConvProblem) -> str | None:
         return f"needs float32 or bfloat16, got {problem.dtype}"
     if problem.w_dtype not in _DTYPES:
         return f"needs float32 or bfloat16 filters, got {problem.w_dtype}"
-    return _load()[1]
+    extension, reason = _load()
+    if extension is not None and problem.R * problem.S > extension.MAX_TAPS:
+        return f"needs filters of at most {extension.MAX_TAPS} taps, got {problem.R}x{problem.S}"
+    return reason
+
+
+def _plan(problem: ConvProblem) -> Any:
+    """The problem's scalars on the C++ side, with the algorithms that the settings of this moment choose."""
+    return _plan_for(problem, precision.current(), precision.pinned())
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(problem: ConvProblem) -> Any:
-    """The problem's scalars on the C++ side."""
-    extension, reason = _load()
-    if extension is None:
-        raise RuntimeError(reason)
+def _plan_for(problem: ConvProblem, exactness: str, pin_algo: bool) -> Any:
     left, right, top, bottom = problem.pad
-    return extension.Plan(
+    return _extension().Plan(
         bf16=problem.dtype == torch.bfloat16, N=problem.N, H=problem.H, W=problem.W, C=problem.C, K=problem.K,
         R=problem.R, S=problem.S, stride=problem.stride, pad_left=left, pad_right=right, pad_top=top,
         pad_bottom=bottom, act=problem.act, slope=problem.slope, eps=problem.eps, p=problem.p,
         drop_at=problem.drop_at, short_C=problem.short_C, short_stride=problem.short_stride,
-        short_act=problem.short_act, short_eps=problem.short_eps, act_out=problem.act_out,
+        short_act=problem.short_act, short_eps=problem.short_eps, act_out=problem.act_out, precision=exactness,
+        pin_algo=pin_algo,
     )  # fmt: skip
 
 
@@ -118,70 +135,45 @@ def _nhwc(v: Tensor, dtype: torch.dtype) -> Tensor:
     return v if v.dtype == dtype and v.stride() == out.stride() else out.copy_(v)
 
 
-# Sources: what a convolution reads.
+# Filters: how they lie in memory, and their packs.
 
 
-def _source(problem: ConvProblem, x: Tensor, stats, gamma, beta, rng) -> Tensor:
-    """drop(act(bn(x))) in one pass, x itself where there is nothing to do."""
-    drop = rng is not None and problem.p > 0 and problem.drop_at == "prologue"
-    if stats is None and problem.act == "identity" and not drop:
-        return x
-    a = torch.empty_like(x, memory_format=torch.channels_last)
-    _plan(problem).source(threads(x.numel()), _ptr(x), _ptr(stats), _ptr(gamma), _ptr(beta), _ptr(rng), _ptr(a))
-    return a
+def _code(w: Tensor | None) -> int:
+    """FilterLayout's code in csrc/cpu/plan.h."""
+    if w is None:
+        return 0
+    return (0 if w.is_contiguous() else 1) + (2 if w.dtype is torch.bfloat16 else 0)
 
 
-def _source_short(problem: ConvProblem, x: Tensor, stats, gamma, beta) -> Tensor:
-    if stats is None and problem.short_act == "identity":
-        return x
-    a = torch.empty_like(x, memory_format=torch.channels_last)
-    rows = x.numel() // x.shape[1]
-    _plan(problem).source_short(threads(x.numel()), rows, _ptr(x), _ptr(stats), _ptr(gamma), _ptr(beta), _ptr(a))
-    return a
+@functools.lru_cache(maxsize=1024)
+def _sampling(count: int) -> tuple[int, int]:
+    return packing.sample_step(count), min(count, packing.SAMPLES)
 
 
-# Convolutions: the seam between ATen's and ours.
+def _fingerprint(w: Tensor) -> int:
+    count = w.numel()
+    step, samples = _sampling(count)
+    return _extension().fingerprint(w.data_ptr(), count, w.element_size(), step, samples)
 
 
-def _padding(problem: ConvProblem, a: Tensor) -> tuple[Tensor, list[int]]:
-    """The library pads both sides alike; four different numbers are padded before it."""
-    left, right, top, bottom = problem.pad
-    if left == right and top == bottom:
-        return a, [top, left]
-    return F.pad(a, problem.pad), [0, 0]
+def _packed(plan: Any, w: Tensor, for_dgrad: bool) -> Tensor | None:
+    algo = plan.dgrad_algo if for_dgrad else plan.fprop_algo
+
+    def make(w: Tensor) -> Tensor:
+        out = torch.empty(plan.packed_size(for_dgrad))
+        plan.pack(threads(out.numel()), for_dgrad, w.data_ptr(), _code(w), out.data_ptr())
+        return out
+
+    return packing.lookup(w, (algo, "dgrad" if for_dgrad else "fprop", isa()), _fingerprint, make)
 
 
-def _conv_fprop(problem: ConvProblem, a: Tensor, w: Tensor) -> Tensor:
-    """A fresh [N, K, P, Q]."""
-    a, padding = _padding(problem, a)
-    return _nhwc(torch.conv2d(a, w.to(problem.dtype), None, problem.stride, padding), problem.dtype)
+def _packed_short(plan: Any, w: Tensor) -> Tensor | None:
+    def make(w: Tensor) -> Tensor:
+        out = torch.empty(plan.packed_size_short())
+        plan.pack_short(threads(out.numel()), w.data_ptr(), _code(w), out.data_ptr())
+        return out
 
-
-def _conv_backward(problem, dy, a, w, padding, which) -> tuple[Tensor, Tensor]:
-    dx, dw, _ = torch.ops.aten.convolution_backward(
-        dy, a, w, None, [problem.stride] * 2, padding, [1, 1], False, [0, 0], 1, which
-    )
-    return dx, dw
-
-
-def _conv_dgrad(problem: ConvProblem, dy: Tensor, x: Tensor, w: Tensor) -> Tensor:
-    """A fresh [N, C, H, W]. x gives its shape only."""
-    left, right, top, bottom = problem.pad
-    symmetric = left == right and top == bottom
-    padding = [top, left] if symmetric else [0, 0]
-    if not symmetric:
-        x = _new(problem, problem.N, problem.C, problem.H + top + bottom, problem.W + left + right)
-    da, _ = _conv_backward(problem, dy, x, w.to(problem.dtype), padding, [True, False, False])
-    if not symmetric:
-        da = da[:, :, top : top + problem.H, left : left + problem.W]
-    return _nhwc(da, problem.dtype)
-
-
-def _conv_wgrad(problem: ConvProblem, dy: Tensor, a: Tensor) -> Tensor:
-    """[K, C, R, S] in x's dtype."""
-    a, padding = _padding(problem, a)
-    w = torch.empty((problem.K, problem.C, problem.R, problem.S), dtype=a.dtype, memory_format=torch.channels_last)
-    return _conv_backward(problem, dy, a, w, padding, [False, True, False])[1]
+    return packing.lookup(w, ("direct", "fprop", isa()), _fingerprint, make)
 
 
 # The primitives.
@@ -206,23 +198,32 @@ def fprop(
     out_shift: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y [N,K,P,Q], stats_y [2,K], y_act [N,K,P,Q]); an absent output has 0 elements."""
-    stats, gamma, beta = _vector(stats), _vector(gamma), _vector(beta)
-    y = _conv_fprop(problem, _source(problem, x, stats, gamma, beta, rng), w)
-    shortcut = None
+    plan = _plan(problem)
+    stats, gamma, beta, bias = _vector(stats), _vector(gamma), _vector(beta), _vector(bias)
+    stats_short, gamma_short, beta_short = _vector(stats_short), _vector(gamma_short), _vector(beta_short)
+    out_scale, out_shift = _vector(out_scale), _vector(out_shift)
+    shape = problem.N, problem.K, problem.P, problem.Q
+    y = _new(problem, *shape) if problem.want_y else None
+    stats_y = torch.empty((2, problem.K)) if problem.want_stats else None
+    y_act = _new(problem, *shape) if problem.act_out != "none" else None
+    packed = _packed(plan, w, False)
+    packed_short, short_H, short_W = None, 0, 0
     if x_short is not None:
         assert w_short is not None
-        source = _source_short(problem, x_short, _vector(stats_short), _vector(gamma_short), _vector(beta_short))
-        shortcut = _nhwc(torch.conv2d(source, w_short.to(problem.dtype), None, problem.short_stride), problem.dtype)
-    stats_y = torch.empty((2, problem.K)) if problem.want_stats else _absent()
-    y_act = torch.empty_like(y) if problem.act_out != "none" else _absent(problem.dtype)
-    drop = problem.p > 0 and problem.drop_at == "output"
-    if drop or problem.want_stats or problem.act_out != "none" or not (bias is shortcut is residual is None):
-        bias, out_scale, out_shift = _vector(bias), _vector(out_scale), _vector(out_shift)
-        _plan(problem).epilogue(
-            threads(y.numel()), _ptr(y), _ptr(bias), _ptr(shortcut), _ptr(residual), _ptr(rng), _ptr(stats_y),
-            _ptr(y_act), _ptr(out_scale), _ptr(out_shift),
-        )  # fmt: skip
-    return (y if problem.want_y else _absent(problem.dtype)), stats_y, y_act
+        packed_short = _packed_short(plan, w_short)
+        short_H, short_W = x_short.shape[2:]
+    plan.fprop(
+        threads(problem.flops), _ptr(x), _ptr(w), _code(w), _ptr(packed), _ptr(stats), _ptr(gamma), _ptr(beta),
+        _ptr(bias), _ptr(residual), _ptr(x_short), short_H, short_W, _ptr(w_short), _code(w_short), _ptr(packed_short),
+        _ptr(stats_short), _ptr(gamma_short), _ptr(beta_short), _ptr(rng), _ptr(out_scale), _ptr(out_shift), _ptr(y),
+        _ptr(stats_y), _ptr(y_act),
+    )  # fmt: skip
+    dtype = problem.dtype
+    return (
+        _absent(dtype) if y is None else y,
+        _absent() if stats_y is None else stats_y,
+        _absent(dtype) if y_act is None else y_act,
+    )
 
 
 def dgrad(
@@ -236,14 +237,39 @@ def dgrad(
     rng: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(g [N,C,H,W], sums_g [2,C]): the gradient before the activation, and the sums of g and g*xhat."""
-    g = _conv_dgrad(problem, dy, x, w)
-    sums = torch.empty((2, problem.C)) if problem.want_stats else _absent()
-    if problem.want_stats or problem.act != "identity" or (problem.p > 0 and problem.drop_at == "prologue"):
-        stats, gamma, beta = _vector(stats), _vector(gamma), _vector(beta)
-        _plan(problem).source_grad(
-            threads(g.numel()), _ptr(g), _ptr(x), _ptr(stats), _ptr(gamma), _ptr(beta), _ptr(rng), _ptr(g), _ptr(sums)
-        )
-    return g, sums
+    plan = _plan(problem)
+    stats, gamma, beta = _vector(stats), _vector(gamma), _vector(beta)
+    g = torch.empty_like(x, memory_format=torch.channels_last)
+    sums = torch.empty((2, problem.C)) if problem.want_stats else None
+    packed = _packed(plan, w, True)
+    plan.dgrad(
+        threads(problem.flops), _ptr(dy), _ptr(x), _ptr(w), _code(w), _ptr(packed), _ptr(stats), _ptr(gamma), _ptr(beta),
+        _ptr(rng), _ptr(g), _ptr(sums),
+    )  # fmt: skip
+    return g, _absent() if sums is None else sums
+
+
+def _source(problem: ConvProblem, x: Tensor, stats, gamma, beta, rng) -> Tensor:
+    """drop(act(bn(x))) in one pass, x itself where there is nothing to do."""
+    drop = rng is not None and problem.p > 0 and problem.drop_at == "prologue"
+    if stats is None and problem.act == "identity" and not drop:
+        return x
+    a = torch.empty_like(x, memory_format=torch.channels_last)
+    _plan(problem).source(threads(x.numel()), _ptr(x), _ptr(stats), _ptr(gamma), _ptr(beta), _ptr(rng), _ptr(a))
+    return a
+
+
+def _conv_wgrad(problem: ConvProblem, dy: Tensor, a: Tensor) -> Tensor:
+    """[K, C, R, S] in x's dtype, by the library. It pads both sides alike; four different numbers are padded before it."""
+    left, right, top, bottom = problem.pad
+    padding = [top, left]
+    if left != right or top != bottom:
+        a, padding = F.pad(a, problem.pad), [0, 0]
+    w = torch.empty((problem.K, problem.C, problem.R, problem.S), dtype=a.dtype, memory_format=torch.channels_last)
+    _, dw, _ = torch.ops.aten.convolution_backward(
+        dy, a, w, None, [problem.stride] * 2, padding, [1, 1], False, [0, 0], 1, [False, True, False]
+    )
+    return dw
 
 
 def wgrad(

@@ -1,0 +1,72 @@
+"""How exact float32 convolutions have to be: which algorithms a backend may use.
+
+    fast    whatever is fastest within the operator's bound: Winograd F(4x4,3x3) where it pays (1.0e-6 relative L2)
+    f2      at most Winograd F(2x2,3x3) (4e-7)
+    direct  no Winograd: the sums of the definition, in float32
+
+`WRN_FAST_PRECISION` sets it for the process, `with wrn_fast.precision("direct")` for a block of code.
+`WRN_FAST_PIN_ALGO=1` keeps the choice of algorithm from looking at the batch size, so that an image's bits do not
+depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from wrn_fast.errors import WrnFastError
+
+PRECISIONS = ("fast", "f2", "direct")
+
+_selected: str | None = None  # set by `use`; None: the environment decides
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in PRECISIONS:
+        raise WrnFastError(f"`{source}`: expected one of {', '.join(PRECISIONS)}, got {name!r}")
+    return name
+
+
+def current() -> str:
+    """The precision in force: `fast`, `f2` or `direct`.
+
+    Raises:
+        WrnFastError: WRN_FAST_PRECISION holds another word.
+    """
+    if _selected is not None:
+        return _selected
+    name = os.environ.get("WRN_FAST_PRECISION")
+    return _checked(name, "WRN_FAST_PRECISION") if name else "fast"
+
+
+def pinned() -> bool:
+    """Does WRN_FAST_PIN_ALGO keep the batch size out of the choice of algorithm?"""
+    return os.environ.get("WRN_FAST_PIN_ALGO", "0") not in ("", "0")
+
+
+@contextmanager
+def use(name: str | None) -> Iterator[None]:
+    """`precision` for a name that is checked already; None leaves everything as it is."""
+    global _selected
+    before = _selected
+    _selected = before if name is None else name
+    try:
+        yield
+    finally:
+        _selected = before
+
+
+def precision(name: str):
+    """Set the precision inside a `with` block: `with wrn_fast.precision("direct"): ...`.
+
+    A backward pass uses the precision of its forward pass. The setting is the process's, not the thread's, because the
+    engine runs backward in threads of its own.
+
+    Args:
+        name: `fast`, `f2` or `direct`.
+
+    Raises:
+        WrnFastError: an unknown name.
+    """
+    return use(_checked(name, "precision"))
