@@ -45,7 +45,7 @@ def _bn_bwd_apply_kernel(g, x, stats, gamma, sums, dx, rows, CHANNELS: tl.conste
 
 def bn_bwd_apply(problem: ConvProblem, g: Tensor, x: Tensor, stats: Tensor, gamma: Tensor | None, sums_g: Tensor | None) -> Tensor:
     """dx [N,C,H,W] from g = dL/d(bn(x)) of the same shape. `sums_g` [2, C] only for batch statistics."""
-    dx = torch.empty_like(g)
+    dx = torch.empty_like(g, memory_format=torch.channels_last)
     rows = problem.N * problem.H * problem.W
     block_c = channel_block(problem.C)
     block_rows = BLOCK_ELEMENTS // block_c

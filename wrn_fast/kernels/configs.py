@@ -10,7 +10,8 @@ The same names serve the three passes; what is tiled differs:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from wrn_fast.problem import ConvProblem
 
@@ -19,19 +20,35 @@ from wrn_fast.problem import ConvProblem
 class Arch:
     """What the rule needs to know of a GPU."""
 
-    name: str  # sm_80, sm_90, gfx942, interpreter
+    name: str  # sm_80, sm_86, sm_90, gfx942, interpreter
     smem_bytes: int  # shared memory a block may have
     budget_bytes: int  # what the rule spends of it: on NVIDIA half an SM's, so that two blocks fit
     sms: int
     stages: int  # most pipeline stages that pay
 
+    @property
+    def warp(self) -> int:
+        """Threads of a warp."""
+        return 64 if self.name.startswith("gfx") else 32
+
 
 ARCHS = {
     "sm_80": Arch("sm_80", 166_912, 82_000, 108, 3),
+    "sm_86": Arch("sm_86", 101_376, 50_000, 84, 3),
     "sm_90": Arch("sm_90", 232_448, 112_000, 132, 4),
     "gfx942": Arch("gfx942", 65_536, 65_536, 304, 2),
     "interpreter": Arch("interpreter", 1 << 30, 1 << 30, 4, 1),
 }
+
+
+def arch_of(capability: tuple[int, int], sms: int) -> Arch:
+    """What the rule knows of an NVIDIA GPU, from its compute capability (8.0 or more) and number of SMs.
+
+    8.6, 8.9 and 12.x have 100 KB of shared memory a block; 10.x has what 9.0 has.
+    """
+    major, minor = capability
+    small = (major == 8 and minor in (6, 9)) or major >= 12
+    return replace(ARCHS["sm_86" if small else "sm_90" if major >= 9 else "sm_80"], sms=sms)
 
 
 @dataclass(frozen=True)
@@ -76,7 +93,7 @@ def illegal(config: TileConfig, op: str, problem: ConvProblem, arch: Arch) -> st
         return f"`splits`: expected 1, or more for wgrad, got {config.splits}"
     if smem_bytes(config, problem.dtype.itemsize) > arch.smem_bytes:
         return f"`stages`: {config.stages} need more than {arch.smem_bytes} bytes of shared memory on {arch.name}"
-    lanes = config.warps * (64 if arch.name.startswith("gfx") else 32)
+    lanes = config.warps * arch.warp
     if arch.name != "interpreter" and config.rows * config.width > 208 * lanes:
         return f"`rows`: {config.rows} x {config.width} accumulators do not fit the registers of {config.warps} warps"
     return None
@@ -110,38 +127,56 @@ def block(red: int, choices: tuple[int, ...]) -> int:
     return min(choices, key=lambda b: (-(-red // b) * (b + 16), -(-red // b) * b))
 
 
+# Accumulators of half an SM's registers: a larger tile is alone there, so it may have all of the shared memory but what
+# its epilogue needs.
+_ALONE = 32_768
+_EPILOGUE_BYTES = 32_768
+
+
 def _stages(config: TileConfig, itemsize: int, arch: Arch) -> TileConfig:
     """As many stages as the budget holds, at least one."""
-    one = smem_bytes(config, itemsize)
-    return TileConfig(config.rows, config.red, config.cols, config.warps,
-                      max(1, min(arch.stages, arch.budget_bytes // one)), config.apply, config.splits)  # fmt: skip
+    alone = config.rows * config.width > _ALONE
+    budget = max(arch.budget_bytes, arch.smem_bytes - _EPILOGUE_BYTES) if alone else arch.budget_bytes
+    return replace(config, stages=max(1, min(arch.stages, budget // smem_bytes(config, itemsize))))
+
+
+# Widths of a conv tile to try, widest first, for a problem that does not fill the GPU.
+_SHRINK = ((128, 320), (64, 160), (64, 64), (64, 32))
 
 
 def heuristic(op: str, problem: ConvProblem, arch: Arch) -> TileConfig:
-    """The rule for a problem without a tuned row: a pure function of its arguments."""
+    """The rule for a problem without a tuned row: a pure function of its arguments.
+
+    Columns exact, 128 rows, as many stages as let two blocks share an SM; smaller tiles while less than 0.9 of the SMs
+    have one (128 images of 8x8x640 make 128 tiles for 132 SMs, which is full enough).
+    """
     if op == "wgrad":
         return _heuristic_wgrad(problem, arch)
     size = problem.dtype.itemsize
-    pixels, columns = (
-        (problem.N * problem.P * problem.Q, problem.K) if op == "fprop" else (problem.N * problem.H * problem.W, problem.C)
-    )
+    forward = op == "fprop"
+    pixels = problem.N * (problem.P * problem.Q if forward else problem.H * problem.W)
+    columns = problem.K if forward else problem.C
     if arch.name == "interpreter":
         return TileConfig(128, block(reduction(op, problem), (64, 32, 16)), cut(columns, 160), 4, 1)
     if size > 2:  # float32: three tf32 or six bf16 products a step, so half the columns
         widest, steps = 80, (32, 16)
     elif arch.name == "sm_90":
         # The backward epilogue of 128 x 320 spills 664 to 888 bytes.
-        widest, steps = (320 if op == "fprop" else 160), (64, 32, 16)
+        widest, steps = (320 if forward else 160), (64, 32, 16)
     else:
         widest, steps = 160, (32, 16)
-    cols = cut(columns, widest)
+    for rows, width in _SHRINK:
+        cols = cut(columns, min(widest, width))
+        if -(-pixels // rows) * -(-columns // sum(cols)) >= 0.9 * arch.sms:
+            break
     red = block(reduction(op, problem), steps)
-    tiles = -(-columns // sum(cols))
-    rows = 128 if -(-pixels // 128) * tiles >= arch.sms else 64
-    if rows == 64 and sum(cols) > 160:  # too few pixels to fill the GPU: more, smaller tiles
-        cols = cut(columns, 160)
     warps = 8 if rows * sum(cols) > 64 * 160 else 4
-    return _stages(TileConfig(rows, red, cols, warps, 1), size, arch)
+    # A 3x3 loop makes act(bn(x)) nine times. That starves the tensor cores of a tile of 160 columns (issue 1.5 against
+    # 0.7 without), not of one of 320 (0.67); up to 64 channels a layer is bound by memory, and a pass of its own is two
+    # more tensors of traffic.
+    source = problem.prologue or problem.act != "identity"
+    apply = forward and source and size == 2 and problem.R * problem.S > 1 and 64 < problem.K and sum(cols) < 320
+    return _stages(TileConfig(rows, red, cols, warps, 1, apply), size, arch)
 
 
 def _heuristic_wgrad(problem: ConvProblem, arch: Arch) -> TileConfig:
@@ -166,10 +201,7 @@ def _heuristic_wgrad(problem: ConvProblem, arch: Arch) -> TileConfig:
     return _stages(TileConfig(rows, red, cols, warps, 1, apply, splits), size, arch)
 
 
-def from_row(tile: dict) -> TileConfig:
-    """A TileConfig from the fields of a tuned row. Raises TypeError or ValueError on a row that has others."""
-    fields = dict(tile)
-    fields["cols"] = tuple(int(c) for c in fields["cols"])
-    if len(fields["cols"]) != 2:
-        raise ValueError(f"`cols`: expected two widths, got {tile['cols']}")
-    return TileConfig(**fields)
+def from_row(tile: dict[str, Any]) -> TileConfig:
+    """A TileConfig from the tile of a tuned row, whose fields `tuned.validate` has checked."""
+    first, second = tile["cols"]
+    return TileConfig(**{**tile, "cols": (first, second)})

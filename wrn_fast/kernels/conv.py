@@ -306,7 +306,7 @@ def row_tiles(problem_n: int, spec: ConvSpec, config: TileConfig) -> int:
 def launch(n: int, spec: ConvSpec, config: TileConfig, precision: str, drop_args: tuple, x: Tensor, w: Tensor, y: Tensor,
            **tensors: Tensor | None) -> None:  # fmt: skip
     """Run `_conv_kernel` on the current stream. `tensors` by the kernel's names; what is absent is None or left out."""
-    given = [x if tensors.get(name) is None else tensors[name] for name in _OPTIONAL]
+    given = [x if (t := tensors.get(name)) is None else t if t.dim() == 4 else t.contiguous() for name in _OPTIONAL]
     affine, x_short, w_short, affine_short, *rest = given
     _conv_kernel[(row_tiles(n, spec, config) * -(-spec.cols // config.width),)](
         x, w, affine, x_short, w_short, affine_short, y, *rest, n, *drop_args,

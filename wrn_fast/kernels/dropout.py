@@ -36,13 +36,13 @@ def _apply_kernel(x, affine, rng, y, rows, threshold, keep, keep_low, CHANNELS: 
 
 def apply(x: Tensor, affine: Tensor | None, rng: Tensor | None, act: str, slope: float, p: float) -> Tensor:
     """act(bn(x)) * mask / (1 - p) of x [N,C,H,W]: `affine` [4, C] of `stats.affine` or None, `rng` None for no mask."""
-    y = torch.empty_like(x)
+    y = torch.empty_like(x, memory_format=torch.channels_last)
     channels = x.shape[1]
     rows = x.numel() // channels
     block_c = channel_block(channels)
     block_rows = BLOCK_ELEMENTS // block_c
     _apply_kernel[(-(-rows // block_rows), -(-channels // block_c))](
-        x, x if affine is None else affine, x if rng is None else rng, y, rows, *drop_args(p), CHANNELS=channels,
+        x, x if affine is None else affine, x if rng is None else rng.contiguous(), y, rows, *drop_args(p), CHANNELS=channels,
         BN=affine is not None, CENTER=centered(x.dtype), ACT=ACTS[act], SLOPE=slope, DROP=rng is not None and p > 0,
         BLOCK_ROWS=block_rows, BLOCK_C=block_c, WIDE=wide(x.dtype), num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

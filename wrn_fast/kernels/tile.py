@@ -106,7 +106,7 @@ def keep_tile(base, row, col, rng, threshold, CHANNELS: tl.constexpr, BLOCK_COLS
 def drop(v, keep, scale, scale_low, WIDE: tl.constexpr):
     """v * keep * scale as a product, so that a dropped NaN stays NaN. `scale_low` is what float32 cuts off `scale`."""
     if WIDE == tl.float64:
-        s = scale.to(tl.float64) + scale_low.to(tl.float64)
+        s = tl.zeros((1, 1), tl.float64) + scale + scale_low
     else:
         s = scale
     return v * (keep.to(WIDE) * s)

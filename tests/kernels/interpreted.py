@@ -1,0 +1,153 @@
+"""What runs in the interpreting process: kernels with any legal tile, on poisoned memory, against the oracle."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from kernels import oracle
+from kernels.oracle import Case
+from wrn_fast.kernels.configs import ARCHS, TileConfig, heuristic, legal
+from wrn_fast.parity import error
+from wrn_fast.problem import ConvProblem
+
+ARCH = ARCHS["interpreter"]
+PROLOGUE = ("stats", "gamma", "beta")
+FPROP = ("x", "w", *PROLOGUE, "bias", "residual", "x_short", "w_short", *(f"{n}_short" for n in PROLOGUE), "rng",
+         "out_scale", "out_shift")  # fmt: skip
+
+
+def interpreting() -> tuple[str | None, bool]:
+    """(the environment's word, triton's own) in this process."""
+    import os
+
+    from wrn_fast.kernels import tile
+
+    return os.environ.get("TRITON_INTERPRET"), tile.INTERPRETED
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Memory that torch hands out uninitialised holds NaN, so that a value nobody wrote is seen."""
+    empty, empty_like, new_empty = torch.empty, torch.empty_like, Tensor.new_empty
+
+    def poison(make: Callable) -> Callable:
+        def made(*args, **kwargs):
+            v = make(*args, **kwargs)
+            return v.fill_(float("nan")) if v.dtype.is_floating_point else v
+
+        return made
+
+    torch.empty, torch.empty_like, Tensor.new_empty = poison(empty), poison(empty_like), poison(new_empty)
+    try:
+        yield
+    finally:
+        torch.empty, torch.empty_like, Tensor.new_empty = empty, empty_like, new_empty
+
+
+def tile(op: str, problem: ConvProblem, rng: random.Random) -> TileConfig:
+    """The rule's tile, or any other legal one: a tuned row may name it."""
+    if rng.random() < 0.3:
+        return heuristic(op, problem, ARCH)
+    while True:
+        config = TileConfig(
+            rows=rng.choice((16, 64, 128)), red=rng.choice((16, 32, 64)),
+            cols=rng.choice(((16, 0), (32, 16), (64, 32), (128, 32), (16, 32))), warps=4, stages=1,
+            apply=rng.random() < 0.3, splits=rng.choice((1, 2, 3, 7)) if op == "wgrad" else 1,
+        )  # fmt: skip
+        if legal(config, op, problem, ARCH):
+            return config
+
+
+def outputs(case: Case, ops: tuple[str, ...]) -> dict[str, Tensor]:
+    """What the kernels give, by name; an absent output is left out."""
+    from wrn_fast.kernels import bn_bwd_apply, dgrad, dropout, fprop, stats, wgrad
+
+    problem, t = case.problem, case.tensors
+    rng = random.Random(int(t["x"].double().sum().abs().item() * 1e6))
+    prologue = [t[n] for n in PROLOGUE]
+    drop = t["rng"] if problem.drop_at == "prologue" else None
+    backward = problem if problem.drop_at == "prologue" else problem._replace(p=0.0, drop_at="none")
+    got: dict[str, Tensor] = {}
+    with poisoned():
+        if "fprop" in ops:
+            config = tile("fprop", problem, rng)
+            y, stats_y, y_act = fprop.fprop(problem, config, "ieee", *[t[n] for n in FPROP])
+            got |= {"y": y, "stats_y": stats_y, "y_act": y_act}
+        if "dgrad" in ops:
+            sums = backward._replace(want_stats=problem.prologue)
+            g, sums_g = dgrad.dgrad(sums, tile("dgrad", sums, rng), "ieee", t["dy"], t["x"], t["w"], *prologue, drop)
+            got |= {"g": g, "sums_g": sums_g}
+        if "wgrad" in ops:
+            got["dw"] = wgrad.wgrad(backward, tile("wgrad", problem, rng), "ieee", t["dy"], t["x"], *prologue, drop)
+        if "elementwise" in ops:
+            got["stats_x"] = stats.channel_stats(problem, t["x"])
+            if problem.prologue:
+                sums_x = oracle_sums(case).to(problem.stats_dtype)
+                batch = problem._replace(batch_stats=True)
+                got["dx"] = bn_bwd_apply.bn_bwd_apply(batch, t["x_grad"], t["x"], t["stats"], t["gamma"], sums_x)
+                frozen = problem._replace(batch_stats=False)
+                got["dx_frozen"] = bn_bwd_apply.bn_bwd_apply(frozen, t["x_grad"], t["x"], t["stats"], t["gamma"], None)
+            if t["rng"] is not None:
+                got["dropped"] = dropout.dropout(problem, t["x"], t["rng"])
+    return {name: v for name, v in got.items() if v.numel()}
+
+
+def oracle_sums(case: Case) -> Tensor:
+    """[2, C]: sums of x_grad and of x_grad * xhat, exact."""
+    g, xhat = case.tensors["x_grad"].double(), oracle.xhat(case)
+    return torch.stack([g.sum((0, 2, 3)), (g * xhat).sum((0, 2, 3))])
+
+
+def wanted(case: Case, got: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The oracle's values under the same names. Statistics and sums are those of what the kernel stored."""
+    problem, t = case.problem, case.tensors
+    want: dict[str, Tensor] = {}
+    y, _, y_act = oracle.fprop(case)
+    if "y" in got:
+        want["y"] = y
+    if "stats_y" in got:
+        want["stats_y"] = oracle.moments(got["y"].double())
+    if "y_act" in got:
+        want["y_act"] = y_act
+    if "g" in got or "dw" in got:
+        g, dw = oracle.gradients(case)
+        want |= {"g": g, "dw": dw}
+    if "sums_g" in got:
+        stored = got["g"].double()
+        want["sums_g"] = torch.stack([stored.sum((0, 2, 3)), (stored * oracle.xhat(case)).sum((0, 2, 3))])
+    if "stats_x" in got:
+        want["stats_x"] = oracle.moments(t["x"].double())
+    if "dx" in got:
+        rstd = (t["stats"][1].double() + problem.eps).rsqrt()
+        scale = rstd if t["gamma"] is None else rstd * t["gamma"].double()
+        g, m = t["x_grad"].double(), problem.N * problem.H * problem.W
+        mean_g, mean_gx = (oracle_sums(case) / m)[:, :, None, None]
+        want["dx_frozen"] = g * scale[:, None, None]
+        want["dx"] = (g - mean_g - oracle.xhat(case) * mean_gx) * scale[:, None, None]
+    if "dropped" in got:
+        keep = oracle.keep_mask(t["x"].shape, t["rng"], problem.p) if problem.p < 1 else torch.zeros(())
+        want["dropped"] = t["x"].double() * keep.double() / (1 - problem.p if problem.p < 1 else 1)
+    return want
+
+
+def draw(seed: int, dtype: torch.dtype, fixed: dict) -> Case:
+    case = oracle.draw(seed, dtype, **fixed)
+    g = torch.Generator().manual_seed(seed + 1)
+    case.tensors["x_grad"] = oracle.nhwc(*case.tensors["x"].shape, dtype=dtype, g=g)
+    return case
+
+
+def errors(seeds: list[int], dtype: torch.dtype, fixed: list[dict], ops: tuple[str, ...]) -> list[dict[str, float]]:
+    """Relative L2 error of every output of every case."""
+    found = []
+    for seed, values in zip(seeds, fixed, strict=True):
+        case = draw(seed, dtype, values)
+        got = outputs(case, ops)
+        want = wanted(case, got)
+        found.append({name: error(v, want[name]) for name, v in got.items()})
+    return found

@@ -1,0 +1,224 @@
+"""Adapter to the Triton kernels: any GPU from compute capability 8.0 on, ROCm's gfx942, and the interpreter for tests.
+
+float32 stays float32: `tf32x3` on NVIDIA, `bf16x6` on AMD, plain FMA under `precision("direct")`; TF32 itself only where
+both `torch.backends.cuda.matmul` and `torch.backends.cudnn` allow it. With TRITON_INTERPRET=1 in the environment the
+same code runs tensors of the CPU, in float64 too: slow, and exact enough to show a wrong index.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wrn_fast import precision as arithmetic
+from wrn_fast import tuned
+from wrn_fast.kernels import configs
+from wrn_fast.problem import ConvProblem
+
+NAME = "triton"
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_AMD = ("gfx942",)
+_PIXELS = 2**31 - 2**20  # pixel numbers of the last tile, too, are 32-bit
+_WITHOUT_TILE = ("bn_bwd_apply", "channel_stats", "dropout")
+
+
+def interpreting() -> bool:
+    """Does triton, once imported, interpret its kernels on the CPU?"""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+@functools.cache
+def _missing() -> str | None:
+    return None if importlib.util.find_spec("triton") else "triton is not installed (pip install triton)"
+
+
+@functools.cache
+def _refused_gpu() -> str | None:
+    """The problem does not say which of several GPUs it is on, so all visible ones must do."""
+    for index in range(torch.cuda.device_count()):
+        name = torch.cuda.get_device_name(index)
+        if torch.version.hip:
+            arch = _gcn_arch(index)
+            if arch not in _AMD:
+                return f"is proved on {', '.join(_AMD)} of AMD's GPUs only, cuda:{index} ({name}) is {arch}"
+        elif torch.cuda.get_device_capability(index) < (8, 0):
+            major, minor = torch.cuda.get_device_capability(index)
+            return f"needs compute capability 8.0, cuda:{index} ({name}) has {major}.{minor}"
+    return None
+
+
+def _gcn_arch(index: int) -> str:
+    return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+
+
+@functools.cache
+def arch(index: int | None) -> configs.Arch:
+    """What the tile rule needs to know of GPU `index`; None is the interpreter."""
+    if index is None:
+        return configs.ARCHS["interpreter"]
+    sms = torch.cuda.get_device_properties(index).multi_processor_count
+    if torch.version.hip:
+        return replace(configs.ARCHS[_gcn_arch(index)], sms=sms)
+    return configs.arch_of(torch.cuda.get_device_capability(index), sms)
+
+
+@functools.cache
+def gpu(index: int | None) -> str:
+    """The name that tuned rows go by."""
+    return "interpreter" if index is None else torch.cuda.get_device_name(index)
+
+
+def unsupported(op: str, problem: ConvProblem) -> str | None:
+    """A sentence that says why the problem cannot run here, or None."""
+    if problem.device == "cpu" and not interpreting():
+        return "needs a CUDA or ROCm GPU; on the CPU there is only Triton's interpreter (TRITON_INTERPRET=1), for tests"
+    if problem.device not in ("cpu", "cuda"):
+        return f"needs a CUDA or ROCm GPU, got a {problem.device} tensor"
+    if _missing():
+        return _missing()
+    if problem.dtype not in (*_DTYPES, torch.float64) or (problem.dtype == torch.float64 and not interpreting()):
+        return f"serves {', '.join(str(d).removeprefix('torch.') for d in _DTYPES)}, got {problem.dtype}"
+    pixels = problem.N * max(problem.H * problem.W, problem.P * problem.Q)
+    if pixels >= _PIXELS:
+        return f"serves up to {_PIXELS} pixels a call, got {pixels}"
+    if problem.R * problem.S > 25:
+        return f"serves filters of up to 25 taps, got {problem.R}x{problem.S}"
+    if problem.device == "cuda":
+        return _refused_gpu() or _failed_proof(op, problem)
+    return None
+
+
+def _failed_proof(op: str, problem: ConvProblem) -> str | None:
+    """The self-check of the kernels that would serve `problem`; see kernels/selfcheck.py."""
+    if op in _WITHOUT_TILE or torch.cuda.is_current_stream_capturing():
+        return None
+    from wrn_fast.kernels import selfcheck
+
+    index = torch.cuda.current_device()
+    return selfcheck.reason(op, problem, config(op, problem, index), _dot(problem, index), torch.device("cuda", index))
+
+
+@functools.lru_cache(maxsize=4096)
+def config(op: str, problem: ConvProblem, index: int | None) -> configs.TileConfig:
+    """The tuned row of this GPU where there is a legal one, else the written rule."""
+    here = arch(index)
+    row = tuned.lookup(NAME, op, problem, gpu(index), here.name)
+    if row is not None:
+        found = configs.from_row(row)
+        reason = configs.illegal(found, op, problem, here)
+        if reason is None:
+            return found
+        warnings.warn(f"wrn_fast: the tuned row of {tuned.key(NAME, op, problem)} is left out: {reason}", stacklevel=2)
+    return configs.heuristic(op, problem, here)
+
+
+def _dot(problem: ConvProblem, index: int | None) -> str:
+    """Triton's `input_precision`."""
+    if problem.dtype != torch.float32 or index is None or arithmetic.current() == "direct":
+        return "ieee"
+    both = (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)
+    if both == ("tf32", "tf32"):
+        return "tf32"
+    return "bf16x6" if torch.version.hip else "tf32x3"
+
+
+@functools.cache
+def _launchers() -> dict[str, Callable]:
+    """Imports triton."""
+    from wrn_fast.kernels.bn_bwd_apply import bn_bwd_apply
+    from wrn_fast.kernels.dgrad import dgrad
+    from wrn_fast.kernels.dropout import dropout
+    from wrn_fast.kernels.fprop import fprop
+    from wrn_fast.kernels.stats import channel_stats
+    from wrn_fast.kernels.wgrad import wgrad
+
+    return {f.__name__: f for f in (bn_bwd_apply, channel_stats, dgrad, dropout, fprop, wgrad)}
+
+
+def _launch(op: str, problem: ConvProblem, x: Tensor, *tensors: Tensor | None) -> Any:
+    """Calls the launcher of `op` on x's device."""
+    function = _launchers()[op]
+    index = x.device.index
+    tile = () if op in _WITHOUT_TILE else (config(op, problem, index), _dot(problem, index))
+    if index is None or index == torch.cuda.current_device():
+        return function(problem, *tile, x, *tensors)
+    with torch.cuda.device(index):
+        return function(problem, *tile, x, *tensors)
+
+
+def fprop(
+    problem: ConvProblem,
+    x: Tensor,
+    w: Tensor,
+    stats: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    x_short: Tensor | None,
+    w_short: Tensor | None,
+    stats_short: Tensor | None,
+    gamma_short: Tensor | None,
+    beta_short: Tensor | None,
+    rng: Tensor | None,
+    out_scale: Tensor | None,
+    out_shift: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y [N,K,P,Q], stats_y [2,K], y_act [N,K,P,Q]); an absent output has 0 elements."""
+    return _launch(
+        "fprop", problem, x, w, stats, gamma, beta, bias, residual, x_short, w_short, stats_short, gamma_short,
+        beta_short, rng, out_scale, out_shift,
+    )  # fmt: skip
+
+
+def dgrad(
+    problem: ConvProblem,
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    stats: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    rng: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(g [N,C,H,W], sums_g [2,C]): the gradient before the activation, and the sums of g and g*xhat."""
+    return _launch("dgrad", problem, dy, x, w, stats, gamma, beta, rng)
+
+
+def wgrad(
+    problem: ConvProblem,
+    dy: Tensor,
+    x: Tensor,
+    stats: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    rng: Tensor | None,
+) -> Tensor:
+    """dw [K,C,R,S]: the activation is made again from x."""
+    return _launch("wgrad", problem, dy, x, stats, gamma, beta, rng)
+
+
+def bn_bwd_apply(
+    problem: ConvProblem, g: Tensor, x: Tensor, stats: Tensor, gamma: Tensor | None, sums_g: Tensor | None
+) -> Tensor:
+    """dx [N,C,H,W] from the gradient before the activation: BatchNorm's own backward, in one pass."""
+    return _launch("bn_bwd_apply", problem, g, x, stats, gamma, sums_g)
+
+
+def channel_stats(problem: ConvProblem, x: Tensor) -> Tensor:
+    """[2, C]: mean and biased variance of x, read once."""
+    return _launch("channel_stats", problem, x)
+
+
+def dropout(problem: ConvProblem, x: Tensor, rng: Tensor) -> Tensor:
+    """x * mask / (1 - p)."""
+    return _launch("dropout", problem, x, rng)

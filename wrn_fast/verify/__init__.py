@@ -1,0 +1,282 @@
+"""Parity of two models from end to end: is the fast one as near to the truth as plain PyTorch is?
+
+The protocol and every bound are in `wrn_fast/parity.py`. A weight-sharing candidate and reference go through the same
+work (`trace.py`) on the same weights and images; the reference in float64 is the oracle, in the tested dtype the peer.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wrn_fast import parity, random, reference
+from wrn_fast.errors import WrnFastError
+from wrn_fast.model import WideResNet
+from wrn_fast.verify.report import Report, machine, markdown
+from wrn_fast.verify.trace import Task, Trace, Tracer, tensors_in
+
+__all__ = ["DTYPES", "Report", "machine", "markdown", "reference_of", "verify"]
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_ACTS: dict[type, str] = {nn.ReLU: "relu", nn.SiLU: "silu", nn.LeakyReLU: "leaky_relu"}
+_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_KINKED = (nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.Hardswish, nn.Threshold)
+_SMOOTH = (nn.SiLU, nn.GELU, nn.Softplus, nn.Mish, nn.ELU, nn.Tanh, nn.Sigmoid)
+
+
+def verify(
+    a: nn.Module,
+    b: nn.Module | None = None,
+    *,
+    seeds: int = parity.SEEDS,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    steps: int = 3,
+    batch: int = 4,
+    size: int = 32,
+    channels: int = 3,
+    device: str | torch.device = "cpu",
+    randomize: bool = True,
+    first_seed: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Compare a model with a plain PyTorch one that has the same weights, against a float64 oracle.
+
+        rms(||a - oracle|| / ||oracle||) <= 1.25 * rms(||eager - oracle|| / ||oracle||) + u       over the seeds
+
+    Compared are, in eval: outputs (every floating tensor of a pair, list or dictionary), the gradient of every
+    parameter and of the images, and the latter again with the weights frozen; in training: the same, running
+    statistics, the change of every weight after the optimizer steps, and the outputs of the same object afterwards.
+
+    Args:
+        a: the candidate. Neither model is changed: copies are run.
+        b: its plain PyTorch counterpart, whose float64 copy is the oracle and whose own-dtype copy is eager. It takes
+            a's weights by `load_state_dict(strict=True)`. None: the reference of a `wrn_fast.WideResNet`.
+        seeds: how many draws of images, statistics and affine parameters; at least 8 unless float64 is alone.
+        dtypes: float32, float64; bfloat16 and float16 are autocast over float32 weights.
+        steps: SGD steps with momentum 0.9 and weight decay, at least 1.
+        batch, channels, size: of the images, drawn from a normal distribution.
+        device: where all of it runs.
+        randomize: draw BatchNorm's affine parameters and running statistics anew; False keeps those of `a`, as is right
+            for trained weights.
+        first_seed: replays a run; None draws one, and the report has it.
+        progress: called with (models run, models to run).
+
+    Returns:
+        A `Report`; `report.ok` is the verdict, `print(report)` the table, `report.to_json()` everything.
+
+    Raises:
+        WrnFastError: the models do not fit together (weights, outputs), are random with dropout off, or an argument is
+            outside what is listed here.
+
+    Numerics:
+        Errors are computed in float64. Dropout is off in both copies, except for the built-in pair: there the reference
+        drops by the masks that the drop-in draws.
+
+    Source: `wrn_fast/parity.py`.
+    """
+    _check_arguments(seeds, dtypes, steps, batch)
+    began = time.perf_counter()
+    device = torch.device(device)
+    base = copy.deepcopy(a).to(device, torch.float32)
+    plain = (reference_of(a) if b is None else copy.deepcopy(b)).to(device, torch.float32)
+    masks = isinstance(base, WideResNet) and type(plain) is reference.WideResNet
+    if not masks:
+        _no_dropout(base)
+        _no_dropout(plain)
+    rule = "pooled" if _smooth(plain) else "median"
+    first_seed = int(torch.randint(2**31, ())) if first_seed is None else first_seed
+    pools: dict[tuple[torch.dtype, str], parity.Pool] = {}
+    total, done = seeds * (1 + sum(2 if dtype == torch.float64 else 3 for dtype in dtypes)), 0
+
+    def ran(trace: Trace) -> Trace:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+        return trace
+
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for seed in range(first_seed, first_seed + seeds):
+            generator = torch.Generator().manual_seed(seed)
+            if randomize:
+                _randomize(base, generator)
+            _same_weights(base, plain)
+            images = [torch.randn(batch, channels, size, size, generator=generator).double() for _ in range(steps)]
+            task = Task(images, seed)
+            oracle = _masked(copy.deepcopy(plain).double())
+            if seed == first_seed and not masks:
+                _check_repeats(copy.deepcopy(oracle), task)
+            want = ran(Tracer(oracle, None, False, False).run(task))
+            del oracle
+            for dtype in dtypes:
+                wide = dtype if dtype == torch.float64 else torch.float32
+                autocast = dtype if dtype.itemsize == 2 else None
+                eager = _masked(copy.deepcopy(plain).to(dtype=wide, memory_format=torch.channels_last))
+                peer = ran(Tracer(eager, autocast, True, False).run(task))
+                nchw = None
+                if dtype != torch.float64:
+                    nchw = ran(Tracer(_masked(copy.deepcopy(plain)), autocast, False, False).run(task))
+                # Both layouts are given to the candidate, one after the other.
+                fast = ran(Tracer(copy.deepcopy(base).to(wide), autocast, bool(seed % 2), True).run(task))
+                for name in want:
+                    key = (dtype, name)
+                    if key not in pools:
+                        pools[key] = parity.Pool(name, dtype, _rule(name, rule))
+                    _compare(pools[key], fast.get(name), peer[name], want[name], nchw[name] if nchw else None)
+                _check_outputs(want, fast)
+    settings = {
+        "candidate": _title(a), "reference": _title(plain), "seeds": seeds, "first seed": first_seed, "batch": batch,
+        "size": size, "steps": steps, "gradients": rule,
+    }  # fmt: skip
+    cells = tuple(pool.judge() for pool in pools.values())
+    return Report(cells, settings, machine(device), time.perf_counter() - began)
+
+
+def _check_arguments(seeds: int, dtypes: Sequence[torch.dtype], steps: int, batch: int) -> None:
+    least = 1 if set(dtypes) == {torch.float64} else parity.SEEDS
+    if seeds < least:
+        raise WrnFastError(f"`seeds`: expected at least {least} (fewer fail right code by luck), got {seeds}")
+    for dtype in dtypes:
+        if dtype != torch.float64 and dtype not in parity.UNIT:
+            raise WrnFastError(f"`dtypes`: expected float64, float32, float16 or bfloat16, got {dtype}")
+    if not dtypes:
+        raise WrnFastError("`dtypes`: expected at least one dtype, got none")
+    if steps < 1 or batch < 1:
+        raise WrnFastError(f"`steps` and `batch`: expected at least 1, got {steps} and {batch}")
+
+
+def reference_of(model: nn.Module) -> reference.WideResNet:
+    """The plain PyTorch model of a `wrn_fast.WideResNet`: same arguments, same weights.
+
+    Raises:
+        WrnFastError: `model` is not one, so its counterpart has to be given.
+    """
+    if not isinstance(model, reference.WideResNet):
+        raise WrnFastError(f"`b`: expected the plain model to compare a {type(model).__name__} with, got None")
+    block = model.block1.layer[0]
+    plain = reference.WideResNet(
+        6 * len(model.block1.layer) + 4, model.fc.out_features, model.nChannels // 64, block.droprate, head=model.head,
+        dropout_in_eval=block.dropout_in_eval, pool=model.pool, act=_ACTS[type(block.relu1)],
+    )  # fmt: skip
+    plain.load_state_dict(model.state_dict(), strict=True)
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_(model.get_parameter(name).requires_grad)
+    return plain.train(model.training)
+
+
+def _title(model: nn.Module) -> str:
+    text = f"{type(model).__module__}.{type(model).__qualname__}"
+    if isinstance(model, reference.WideResNet):
+        block = model.block1.layer[0]
+        text = "wrn_fast.WideResNet" if isinstance(model, WideResNet) else "the reference"
+        shape = 6 * len(model.block1.layer) + 4, model.fc.out_features, model.nChannels // 64, block.droprate
+        text += f"({', '.join(map(str, shape))}, head={model.head!r}, act={_ACTS[type(block.relu1)]!r})"
+    return text
+
+
+def _smooth(model: nn.Module) -> bool:
+    """Are all activations that the model shows known to be smooth? Then a gradient is no lottery."""
+    kinds = [type(m) for m in model.modules()]
+    return any(issubclass(k, _SMOOTH) for k in kinds) and not any(issubclass(k, _KINKED) for k in kinds)
+
+
+def _rule(name: str, gradients: str) -> str:
+    """What the sign of one pre-activation can move is judged as gradients are."""
+    mode, quantity, _ = name.split("/", 2)
+    return gradients if mode == "steps" or "gradient" in quantity else "pooled"
+
+
+def _no_dropout(model: nn.Module) -> None:
+    for m in model.modules():
+        if isinstance(m, _DROPOUT):
+            m.p = 0.0
+        for name in ("droprate", "dropRate", "drop_rate", "dropout_rate"):
+            if isinstance(getattr(m, name, None), float):
+                setattr(m, name, 0.0)
+
+
+def _masked(model: nn.Module) -> nn.Module:
+    """The reference with its dropout drawn as the drop-in draws it: after relu2, one (seed, offset) a block."""
+    for block in model.modules():
+        if type(block) is reference.BasicBlock and block.droprate > 0:
+            _mask_block(block)
+    return model
+
+
+def _mask_block(block: reference.BasicBlock) -> None:
+    p, block.droprate = block.droprate, 0.0
+
+    def drop(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        if not (module.training or block.dropout_in_eval):
+            return None
+        return random.dropout(output, random.draw(output.device), p)
+
+    block.relu2.register_forward_hook(drop)
+
+
+@torch.no_grad()
+def _randomize(model: nn.Module, generator: torch.Generator) -> None:
+    """BatchNorm away from 1, 0, 0, 1, with negative scales and one that is zero."""
+    for m in model.modules():
+        if not isinstance(m, nn.modules.batchnorm._BatchNorm):
+            continue
+
+        def draw(low: float, high: float, like: Tensor) -> Tensor:
+            return torch.empty(like.shape).uniform_(low, high, generator=generator).to(like.device)
+
+        if m.affine:
+            scale = draw(0.5, 1.5, m.weight) * torch.where(draw(0.0, 1.0, m.weight) < 0.125, -1.0, 1.0)
+            scale[0] = 0.0
+            m.weight.copy_(scale)
+            m.bias.copy_(draw(-0.5, 0.5, m.bias))
+        if m.running_mean is not None and m.running_var is not None:
+            m.running_mean.copy_(draw(-0.5, 0.5, m.running_mean))
+            m.running_var.copy_(draw(0.5, 2.0, m.running_var))
+
+
+def _same_weights(base: nn.Module, plain: nn.Module) -> None:
+    try:
+        plain.load_state_dict(base.state_dict(), strict=True)
+    except RuntimeError as error:
+        raise WrnFastError(f"`b`: expected a model that loads a's weights, but {error}") from None
+
+
+def _check_repeats(model: nn.Module, task: Task) -> None:
+    """The oracle must give the same outputs whatever the generator says, or there is nothing to compare with."""
+    x = task.images[0].to(next(model.parameters()).device)
+    seen = []
+    for seed in (task.seed, task.seed + 1):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            seen.append(dict(tensors_in(model.train()(x))))
+    for name, first in seen[0].items():
+        if parity.error(seen[1][name], first) > parity.FLOAT64:
+            raise WrnFastError(f"`b`: expected equal outputs for equal inputs, but output {name} is random (dropout?)")
+
+
+def _check_outputs(want: Trace, fast: Trace) -> None:
+    missing = sorted(set(want) ^ set(fast))
+    if missing:
+        raise WrnFastError(f"`a`: expected the outputs and parameters of b, but only one of them has {missing[0]}")
+
+
+def _compare(
+    pool: parity.Pool, fast: Tensor | None, eager: Tensor | None, want: Tensor | None, nchw: Tensor | None
+) -> None:
+    """One seed of one tensor. A gradient must be there exactly where the oracle has one."""
+    if want is None and fast is None:
+        pool.add_errors(0.0, 0.0, 0.0)
+    elif want is None or fast is None or eager is None:
+        pool.add_errors(float("inf"), 0.0, 0.0)
+    elif "/statistics/" in pool.name:
+        # Exactly zero is right for the buffers of a layer that forward does not run.
+        pool.add_errors(
+            *(parity.error(t, want) for t in (fast, eager)), None if nchw is None else parity.error(nchw, want)
+        )
+    else:
+        pool.add(fast, eager, want, nchw)
