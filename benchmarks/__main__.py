@@ -59,8 +59,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     what.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     what.add_argument("--list", action="store_true", help="print the cases and stop")
     how = parser.add_argument_group("how")
-    how.add_argument("--peers", nargs="+", choices=[p.name for p in PEERS], metavar="PEER",
-                     help=f"wrn_fast and these, out of {', '.join(p.name for p in PEERS if p.name != FAST)}")  # fmt: skip
+    rivals = [p.name for p in PEERS if p.name != FAST]
+    how.add_argument("--peers", nargs="+", choices=rivals, metavar="PEER", help=f"out of {', '.join(rivals)}")
     how.add_argument("--max-autotune", action="store_true", help="torch.compile with max-autotune too (CUDA: always)")
     how.add_argument("--reps", type=int, default=timing.REPS, help="rounds at least; default: %(default)s")
     how.add_argument("--budget", type=float, metavar="S", help="seconds after which no case is begun")
@@ -145,6 +145,7 @@ def measure(args: argparse.Namespace, arguments: Sequence[str], console: Console
     want_memory = not args.custom and args.device == "cpu" if args.memory is None else args.memory
     rates = {name: timing.matmul_rate(DTYPES[name], args.device) for name in {case.dtype for case in cases}}
     rows, left_out, figures = [], [], None
+    said: set[tuple[str, str]] = set()
     with progress_bar(console) as bar:
         line = bar.add_task("", total=len(cases) + want_memory)
         if want_memory:
@@ -162,7 +163,7 @@ def measure(args: argparse.Namespace, arguments: Sequence[str], console: Console
                 tick=lambda what, case=case: bar.update(line, description=f"{case.name}: {what}"),
             )  # fmt: skip
             rows.append(row)
-            report.print_row(console, row)
+            report.print_row(console, row, said)
             bar.advance(line)
     head["clocks after"] = machine.clocks()
     head["load after"] = f"{machine.load():.2f}"
@@ -180,7 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0; 1 if wrn_fast was refused in a case because its result was wrong."""
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parse(arguments)
-    console = Console()
+    # Wide enough for a table where the output is a file or a pipe.
+    console = Console(width=None if sys.stdout.isatty() else 110)
     if args.write_docs:
         console.print(f"docs/{DOCUMENT.name}: {report.write_docs(RESULTS, DOCUMENT)} reports")
         return 0

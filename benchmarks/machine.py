@@ -14,8 +14,11 @@ from pathlib import Path
 import torch
 
 import wrn_fast
+from wrn_fast.machine import processor
 
 ROOT = Path(__file__).resolve().parents[1]
+# Environment variables that change a timing.
+VARIABLES = ("WRN_FAST_", "OMP_", "KMP_", "MKL_", "DNNL_", "ONEDNN_")
 
 
 def _output(*command: str) -> str:
@@ -26,20 +29,18 @@ def _output(*command: str) -> str:
         return ""
 
 
-def cpu() -> dict[str, str]:
+def cpu() -> str:
     """Name, family and model, and the vector instructions that matter here."""
+    name = processor(torch.device("cpu"))
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        return {"name": platform.processor() or platform.machine(), "model": "", "isa": ""}
+        return f"{name}, {os.cpu_count()} cores"
     found = dict(re.findall(r"^([\w ]+?)\s*:\s*(.*)$", text.split("\n\n")[0], re.MULTILINE))
     flags = set(found.get("flags", "").split())
-    isa = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
-    return {
-        "name": found.get("model name", platform.machine()),
-        "model": f"family {found.get('cpu family', '?')} model {found.get('model', '?')}",
-        "isa": " ".join(isa),
-    }
+    isa = " ".join(flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags)
+    chip = f"family {found.get('cpu family', '?')} model {found.get('model', '?')}"
+    return f"{name} ({chip}), {os.cpu_count()} cores, {isa}"
 
 
 def clocks() -> str:
@@ -76,20 +77,19 @@ def _version(package: str) -> str:
 
 def head(device: str, threads: int, arguments: list[str]) -> dict[str, str]:
     """Everything that a reader needs to judge a figure or to repeat it, as words."""
-    processor = cpu()
     commit = _output("git", "rev-parse", "--short=12", "HEAD") or "unknown"
     if _output("git", "status", "--porcelain", "--untracked-files=no", "--", "wrn_fast", "csrc", "benchmarks/*.py"):
         commit += " with changes"
     found = {
         "device": device,
-        "cpu": f"{processor['name']} ({processor['model']}), {os.cpu_count()} cores, {processor['isa']}",
+        "cpu": cpu(),
         "threads": str(threads),
         "kernels": _kernel_isa(),
         "versions": f"wrn_fast {wrn_fast.__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
         f"openvino {_version('openvino')}, onnxruntime {_version('onnxruntime')}",
         "commit": commit,
         "command": shlex.join(["python", "-m", "benchmarks", *arguments]),
-        "environment": " ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("WRN_FAST_")) or "-",
+        "environment": " ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)) or "-",
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "clocks before": clocks(),
     }
@@ -104,5 +104,5 @@ def head(device: str, threads: int, arguments: list[str]) -> dict[str, str]:
 
 def slug(device: str) -> str:
     """The machine as a file name: `cpu-amd-epyc`, `cuda-nvidia-h100-80gb-hbm3`."""
-    name = torch.cuda.get_device_name() if device == "cuda" else cpu()["name"]
+    name = processor(torch.device(device))
     return f"{device}-" + re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -7,7 +7,6 @@ result is not within the bound is refused, not timed.
 from __future__ import annotations
 
 import importlib.util
-import io
 import logging
 import math
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import wrn_fast
 from benchmarks.cases import Case, twin, with_weights_of
 from benchmarks.tasks import Inputs, Variant
 from wrn_fast import parity
@@ -54,23 +52,22 @@ def _anything(case: Case, device: str) -> str | None:
 
 
 def _sampled(call: Call, case: Case) -> Call:
-    """For mc_dropout: as many forwards as samples, one after the other, and their mean."""
+    """For mc_dropout: as many forwards as samples, one after the other as the reference's evaluation, and their mean."""
     if case.task != "mc_dropout":
         return call
     return lambda x: torch.stack([call(x)[0] for _ in range(case.samples)]).mean(0)
 
 
+def _batched(call: Call, case: Case) -> Call:
+    """For mc_dropout: all samples as one batch, each image of which draws its own masks, and their mean."""
+    if case.task != "mc_dropout":
+        return call
+    return lambda x: call(x.repeat(case.samples, 1, 1, 1))[0].mean(0, keepdim=True)
+
+
 def _ours(module: nn.Module, x: Tensor, case: Case) -> tuple[Call, nn.Module]:
     fast = with_weights_of(case.subject.fast().to(x.device), module).to(memory_format=torch.channels_last)
-    fast.train(module.training)
-    if case.task != "mc_dropout":
-        return fast, fast
-    return lambda x: wrn_fast.mc_predict(fast, x, case.samples).mean, fast
-
-
-def _ours_unsupported(case: Case, device: str) -> str | None:
-    missing = case.task == "mc_dropout" and not hasattr(wrn_fast, "mc_predict")
-    return "this version has no mc_predict" if missing else None
+    return _batched(fast, case), fast
 
 
 def _eager_nchw(module: nn.Module, x: Tensor, case: Case) -> tuple[Call, nn.Module]:
@@ -85,7 +82,7 @@ def _eager(module: nn.Module, x: Tensor, case: Case) -> tuple[Call, nn.Module]:
 
 def _eager_batched(module: nn.Module, x: Tensor, case: Case) -> tuple[Call, nn.Module]:
     plain = twin(module, memory_format=torch.channels_last)
-    return lambda x: plain(x.repeat(case.samples, 1, 1, 1))[0].mean(0, keepdim=True), plain
+    return _batched(plain, case), plain
 
 
 def _eager_batched_unsupported(case: Case, device: str) -> str | None:
@@ -101,7 +98,7 @@ def _compiled(**options: Any) -> Callable[[nn.Module, Tensor, Case], tuple[Call,
         if x.device.type == "cuda" and case.batch <= 8:
             chosen["triton.cudagraphs"] = True
         plain.train(not forward_only)
-        return _sampled(torch.compile(plain, dynamic=False, options=chosen or None), case), plain
+        return _batched(torch.compile(plain, dynamic=False, options=chosen or None), case), plain
 
     return build
 
@@ -159,12 +156,14 @@ def _onnxruntime(module: nn.Module, x: Tensor, case: Case) -> tuple[Call, None]:
     import onnxruntime
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    file = io.BytesIO()
-    torch.onnx.export(twin(module).eval(), (x,), file, dynamo=True, verbose=False)
+    program = torch.onnx.export(twin(module).eval(), (x,), dynamo=True, verbose=False)
+    assert program is not None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        program.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
     name = session.get_inputs()[0].name
     return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0]), None
 
@@ -178,7 +177,7 @@ def _onnx_unsupported(case: Case, device: str) -> str | None:
 
 EAGER_NCHW = Peer("eager-nchw", _anything, _eager_nchw, channels_last=False)
 EAGER = Peer("eager-channels-last", _anything, _eager)
-OURS = Peer(FAST, _ours_unsupported, _ours)
+OURS = Peer(FAST, _anything, _ours)
 PEERS = (
     OURS,
     EAGER_NCHW,
@@ -227,6 +226,9 @@ def judge(found: dict[str, float], eager: list[dict[str, float]], dtype: torch.d
         eager: `errors` of eager PyTorch, a dictionary for each layout; the worse one counts.
         dtype: the dtype under test.
     """
-    bounds = {name: parity.one_seed_bound(max(e.get(name, math.inf) for e in eager), dtype) for name in found}
+    bounds = {
+        name: parity.one_seed_bound(max(e.get(name, math.inf) for e in eager), dtype, name.startswith("grad"))
+        for name in found
+    }
     worst = max(found, key=lambda name: found[name] / bounds[name] if math.isfinite(found[name]) else math.inf)
     return Verdict(worst, found[worst], bounds[worst])

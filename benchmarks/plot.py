@@ -29,12 +29,11 @@ def plot(report: dict[str, Any], file: Path) -> None:
     style = {peer.name: (COLOURS[i], MARKERS[i]) for i, peer in enumerate(PEERS)}
     seen: set[str] = set()
     for y, row in enumerate(rows):
-        base = next(v["ms"] for v in row["variants"] if v["name"] == row["fastest_peer"])
         for variant in row["variants"]:
             name = variant["name"]
             colour, marker = style[name]
-            x = variant["ms"] / base
-            spread = [[x - variant["p20_ms"] / base], [variant["p80_ms"] / base - x]]
+            x = 1.0 / variant["ratio"]
+            spread = [[x * (1.0 - variant["p20_ms"] / variant["ms"])], [x * (variant["p80_ms"] / variant["ms"] - 1.0)]]
             label = None if name in seen else name
             size = 10 if name == FAST else 7
             axes.errorbar(

@@ -28,6 +28,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -77,7 +78,7 @@ def cells(row: dict[str, Any], variant: dict[str, Any]) -> list[str]:
     ]
 
 
-COLUMNS = ("variant", "ms (p20-p80)", "ms/image", "GFLOP/s", "of matmul", "vs fastest peer")
+COLUMNS = ("variant", "ms (p20-p80)", "ms/image", "GFLOP/s", "of matmul", "vs fastest")
 
 
 def summary_line(report: Report) -> str:
@@ -95,14 +96,14 @@ def memory_lines(memory: dict[str, Any]) -> list[str]:
     """The memory figures as sentences."""
     where = f"{memory['subject']} batch {memory['batch']}"
     lines = [
-        f"{where}, dropRate {s['drop_rate']}: saved for backward {s['fast_bytes'] / 2**20:.0f} MiB against the reference's "
-        f"{s['eager_bytes'] / 2**20:.0f}: {s['ratio']:.3f}x (limit {SAVED_LIMIT}: "
+        f"{where}, dropRate {s['drop_rate']}: saved for backward {s['fast_bytes'] / 2**20:.0f} MiB, the reference "
+        f"{s['eager_bytes'] / 2**20:.0f} MiB: {s['ratio']:.3f}x (limit {SAVED_LIMIT}: "
         f"{'met' if s['ratio'] <= SAVED_LIMIT else 'NOT met'})"
         for s in memory["saved"]
     ]
     lines += [
-        f"{where}, inference, {name}: peak resident {r['peak_mib']:.0f} MiB, {r['over_model_mib']:.0f} of them with the "
-        "forward passes"
+        f"{where}, inference, {name}: peak resident {r['peak_mib']:.0f} MiB, {r['over_model_mib']:.0f} MiB of them "
+        "above the loaded model"
         for name, r in memory["resident"].items()
     ]
     return lines
@@ -116,11 +117,11 @@ def print_head(console: Console, head: dict[str, str]) -> None:
     console.print(table)
 
 
-def print_row(console: Console, row: dict[str, Any]) -> None:
-    """One case as a table, the fastest peer and lost cases marked, absent peers below."""
+def print_row(console: Console, row: dict[str, Any], said: set[tuple[str, str]]) -> None:
+    """One case as a table, the fastest peer and lost cases marked; below it, once a run, why a peer is not there."""
     busy = row["neighbours_cores"] or 0.0
     title = f"{row['case']}  ({row['gflop']:.4g} GFLOP, matmul {row['matmul_gflops']:.0f} GFLOP/s)"
-    table = Table(title=title, title_justify="left", title_style="bold", min_width=90)
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, pad_edge=False)
     for i, name in enumerate(COLUMNS):
         table.add_column(name, justify="right" if i else "left", no_wrap=True)
     for variant in sorted(row["variants"], key=lambda v: v["ms"]):
@@ -135,7 +136,10 @@ def print_row(console: Console, row: dict[str, Any]) -> None:
     if busy > BUSY_CORES:
         console.print(f"  [yellow]other processes used {busy:.1f} cores meanwhile")
     for absent in row["missing"]:
-        console.print(f"  [dim]{absent['name']}: {absent['reason']}", highlight=False)
+        sentence = (absent["name"], absent["reason"])
+        if sentence not in said:
+            said.add(sentence)
+            console.print(f"  [dim]{absent['name']}: {absent['reason']}", highlight=False)
 
 
 def print_end(console: Console, report: Report) -> None:
@@ -172,11 +176,19 @@ def read_json(file: Path) -> Report:
 
 INTRODUCTION = """# Benchmarks
 
-Written by `python -m benchmarks --write-docs` from the files in `benchmarks/results/`; change those, not this page.
+Written by `python -m benchmarks --write-docs` from the files in `benchmarks/results/`: change those, not this page.
 
-How to read it. A case is a network or a part of one, a task, a batch size and a dtype. Every variant has the same weights and the same input, and first has to give the result of plain PyTorch in float64 within the bound of `wrn_fast/parity.py`; one that does not is refused, not timed. Then all variants run interleaved, in an order drawn anew each round; a figure is the median over the rounds with its 20th and 80th percentile. **vs fastest peer** is the median, over the rounds, of the fastest peer's time divided by the variant's: above 1 is faster than every competitor. GFLOP/s count the multiplications and additions of direct convolution, so an algorithm that needs fewer can pass 100 % of the matrix product that the same process measured.
+- A case is a network or a part of one, a task, a batch size and a dtype. All variants have the same weights and input.
+- Before a variant is timed, its result has to be that of plain PyTorch in float64 within the bound that
+  `wrn_fast/parity.py` gives for one seed. One that is not is refused.
+- Variants run interleaved, in an order drawn anew each round. A time is the median over the rounds, with the 20th and
+  80th percentile. **vs fastest** is the median, over the rounds, of the fastest peer's time divided by the variant's:
+  above 1 is faster than every peer.
+- GFLOP/s count the multiplications and additions of direct convolution. An algorithm that needs fewer (Winograd) can
+  pass 100 % of the matrix product that the same process measured.
 
-To repeat a table: the command above it, on a quiet machine (`make bench ARGS="--preset readme"` sets itself up first). `python -m benchmarks --quick` takes two minutes.
+To repeat a table, run the command above it on a quiet machine; `make bench ARGS="--preset readme"` sets itself up
+first, and `python -m benchmarks --quick` takes two minutes.
 
 | task | what is timed |
 | --- | --- |
@@ -194,7 +206,8 @@ def markdown(report: Report) -> str:
     if report["memory"]:
         lines += [f"- {line}" for line in memory_lines(report["memory"])] + [""]
     lines += [f"| case | {' | '.join(COLUMNS)} |", "| --- " * (len(COLUMNS) + 1) + "|"]
-    notes = []
+    notes: list[str] = []
+    absences: dict[tuple[str, str], list[str]] = {}
     for row in report["rows"]:
         case = row["case"]
         for variant in sorted(row["variants"], key=lambda v: v["ms"]):
@@ -203,7 +216,9 @@ def markdown(report: Report) -> str:
             case = ""
         if row["optimizer_ms"] is not None:
             notes.append(f"- {row['case']}: an SGD step takes {row['optimizer_ms']:.3g} ms more, whatever the variant.")
-        notes += [f"- {row['case']}, {absent['name']}: {absent['reason']}." for absent in row["missing"]]
+        for absent in row["missing"]:
+            absences.setdefault((absent["name"], absent["reason"]), []).append(row["case"])
+    notes += [f"- {name}: {reason} ({'; '.join(cases)})." for (name, reason), cases in absences.items()]
     notes += [f"- {absent['case']}: {absent['reason']}." for absent in report["left_out"]]
     return "\n".join(
         [*lines, "", "<details><summary>What is not in the table</summary>", "", *notes, "", "</details>", ""]

@@ -1,4 +1,4 @@
-"""A case from start to end: build every variant, check its parity, time them all interleaved, give one row of the report.
+"""A case from start to end: build every variant, check its parity, time all interleaved, give a row of the report.
 
 The rows are plain dictionaries, the ones that `--json` writes (schema in `benchmarks/report.py`).
 """
@@ -38,6 +38,15 @@ def no_dropout(module: nn.Module | None) -> Iterator[None]:
             block.droprate = rate
 
 
+def prepare_case(case: Case, device: str, seed: int) -> tuple[nn.Module, Inputs]:
+    """The reference module with statistics as after training, and the inputs. The same on every device for a seed."""
+    torch.manual_seed(seed)
+    module = case.subject.reference()
+    inputs = make_inputs(case, module, seed, "cpu")
+    settle(module, inputs.x)
+    return module.to(device), Inputs(*(None if t is None else t.to(device) for t in inputs))
+
+
 def results(variant: Variant) -> dict[str, torch.Tensor]:
     """The variant's results, without dropout."""
     with no_dropout(variant.module):
@@ -52,7 +61,7 @@ def oracle(case: Case, module: nn.Module, inputs: Inputs) -> dict[str, torch.Ten
 
 
 def build(
-    case: Case, peers: Sequence[Peer], module: nn.Module, inputs: Inputs, tick: Tick
+    case: Case, peers: Sequence[Peer], module: nn.Module, inputs: Inputs, tick: Tick = lambda what: None
 ) -> tuple[dict[str, Variant], dict[str, Verdict], list[Row]]:
     """(variants that may be timed, their verdicts, why the others may not: name, reason, refused)."""
     device = inputs.x.device.type
@@ -128,12 +137,7 @@ def run_case(
         seed: of weights, inputs and the order in the rounds.
         tick: told what is going on.
     """
-    torch.manual_seed(seed)
-    module = case.subject.reference()
-    inputs = make_inputs(case, module, seed, "cpu")
-    settle(module, inputs.x)
-    module.to(device)
-    inputs = Inputs(*(None if t is None else t.to(device) for t in inputs))
+    module, inputs = prepare_case(case, device, seed)
     flop = flops(case, module)
     clock = timing.clock_for(device)
     with warnings.catch_warnings():

@@ -38,7 +38,7 @@ def make_inputs(case: Case, module: nn.Module, seed: int, device: str) -> Inputs
 
 def set_leaves(module: nn.Module, leaves: str) -> None:
     """Let exactly those parameters require a gradient that the task says; frozen ones of the reference stay frozen."""
-    for name, p in module.named_parameters():
+    for p in module.parameters():
         wanted = leaves in ("all", "x+weights") or (leaves == "w" and p.dim() == 4)
         p.requires_grad_(p.requires_grad and wanted)
 

@@ -102,6 +102,17 @@ struct DgradArgs {
     float* sums_g = nullptr;       // [2,C]; null: not wanted
 };
 
+// dw = the gradient of y = conv(prologue(x), w) by w, in Winograd F(3x3,4x4): 3x3 filters at stride 1 only.
+struct WgradArgs {
+    ConvShape shape;
+    DType dtype = DType::f32;  // of x and dy
+    int threads = 1;
+    const void* dy = nullptr;  // [N,P,Q,K]
+    const void* x = nullptr;   // [N,H,W,C]
+    Prologue prologue;
+    float* dw = nullptr;       // [K,R,S,C]
+};
+
 struct PackArgs {
     Algo algo = Algo::f4;
     bool dgrad = false;  // the rotated filter with C and K exchanged

@@ -12,20 +12,20 @@ PACKAGE = Path(__file__).resolve().parents[1] / "wrn_fast"
 
 # A module may import lower layers; `SIDEWAYS` are the only steps inside a layer, `NARROW` are tighter than the rule.
 LAYERS = {
-    0: {"errors", "checks", "problem", "tuned", "precision", "random", "_build"},
+    0: {"errors", "checks", "problem", "tuned", "precision", "random", "setting", "cache", "_build", "machine"},
     1: {"kernels", "packing"},
     2: {"backends"},
     3: {"dispatch"},
     4: {"ops"},
     5: {"functional"},
-    6: {"reference", "block", "model", "convert", "parity", "mc"},
+    6: {"reference", "block", "model", "convert", "parity", "mc", "graphs"},
     7: {"tune", "verify", "cli", "demo"},
 }
 SIDEWAYS = {
     "checks": {"errors", "problem"},
     "problem": {"errors"},
-    "precision": {"errors"},
-    "tuned": {"errors", "problem"},
+    "precision": {"errors", "setting"},
+    "tuned": {"errors", "problem", "cache"},
     "random": {"errors"},
     "model": {"block", "reference"},
     "convert": {"block", "model", "reference"},
@@ -33,7 +33,7 @@ SIDEWAYS = {
     "mc": {"block", "model", "convert"},
     "verify": set(),
     "cli": {"tune", "verify"},
-    "demo": {"verify", "tune"},
+    "demo": {"cli"},
 }
 NARROW = {"reference": {"errors"}, "kernels": LAYERS[0] | {"packing"}, "dispatch": LAYERS[0] | {"backends"}}
 
@@ -44,7 +44,7 @@ OUTSIDERS = {
     "numpy": {"demo", "convert"},
     "matplotlib": {"demo"},
     "sklearn": {"demo"},
-    "PIL": {"demo"},
+    "scipy": {"demo"},
 }
 MAY_ASK_THE_DEVICE = {"backends", "cli"}
 

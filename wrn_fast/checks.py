@@ -162,7 +162,9 @@ def fprop_problem(a: FpropArgs) -> ConvProblem:
     check_vector("out_scale", a.out_scale, x, (k,))
     check_vector("out_shift", a.out_shift, x, (k,))
     if not a.want_y and (a.act_out == "none" or a.want_stats):
-        raise WrnFastError("`want_y`: False needs a second output (`act_out`) and no statistics of y")
+        raise WrnFastError(
+            "`want_y`: expected True without a second output (`act_out`) or with statistics of y, got False"
+        )
     return problem
 
 

@@ -12,14 +12,14 @@ depend on its neighbours.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 from wrn_fast.errors import WrnFastError
+from wrn_fast.setting import Setting
 
 PRECISIONS = ("fast", "f2", "direct")
 
-_selected: str | None = None  # set by `use`; None: the environment decides
+_setting: Setting[str] = Setting()
 
 
 def _checked(name: str, source: str) -> str:
@@ -34,8 +34,9 @@ def current() -> str:
     Raises:
         WrnFastError: WRN_FAST_PRECISION holds another word.
     """
-    if _selected is not None:
-        return _selected
+    chosen = _setting.get()
+    if chosen is not None:
+        return chosen
     name = os.environ.get("WRN_FAST_PRECISION")
     return _checked(name, "WRN_FAST_PRECISION") if name else "fast"
 
@@ -45,23 +46,10 @@ def pinned() -> bool:
     return os.environ.get("WRN_FAST_PIN_ALGO", "0") not in ("", "0")
 
 
-@contextmanager
-def use(name: str | None) -> Iterator[None]:
-    """`precision` for a name that is checked already; None leaves everything as it is."""
-    global _selected
-    before = _selected
-    _selected = before if name is None else name
-    try:
-        yield
-    finally:
-        _selected = before
-
-
-def precision(name: str):
+def precision(name: str) -> AbstractContextManager[None]:
     """Set the precision inside a `with` block: `with wrn_fast.precision("direct"): ...`.
 
-    A backward pass uses the precision of its forward pass. The setting is the process's, not the thread's, because the
-    engine runs backward in threads of its own.
+    The setting is the process's. A backward pass uses the precision of its forward pass, whatever is set when it runs.
 
     Args:
         name: `fast`, `f2` or `direct`.
@@ -69,4 +57,7 @@ def precision(name: str):
     Raises:
         WrnFastError: an unknown name.
     """
-    return use(_checked(name, "precision"))
+    return _setting.block(_checked(name, "precision"))
+
+
+take_over = _setting.take_over

@@ -149,7 +149,7 @@ class ConvProblem(NamedTuple):
         if self.drop_at not in DROP_AT:
             raise WrnFastError(f"`drop_at`: expected one of {', '.join(DROP_AT)}, got {self.drop_at!r}")
         if self.drop_at == "output_act" and self.act_out == "none":
-            raise WrnFastError("`drop_at`: 'output_act' needs a second output, but `act_out` is 'none'")
+            raise WrnFastError("`drop_at`: expected a second output for 'output_act', got `act_out` 'none'")
         if not 0.0 <= self.p <= 1.0:
             raise WrnFastError(f"`p`: expected a probability in [0, 1], got {self.p}")
         if self.stride < 1:

@@ -65,7 +65,7 @@ def keep_mask(shape: torch.Size | tuple[int, ...], rng: Tensor, p: float) -> Ten
 
 
 def dropout(v: Tensor, rng: Tensor, p: float) -> Tensor:
-    """v * mask / (1 - p) in plain PyTorch: differentiable, the definition that every backend's mask is tested against."""
+    """v * mask / (1 - p) in plain PyTorch: differentiable, and the definition of every backend's mask."""
     if p >= 1.0:
         return v * 0.0
     return v * (keep_mask(v.shape, rng, p).to(v.dtype) * (1.0 / (1.0 - p)))

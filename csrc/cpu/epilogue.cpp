@@ -8,235 +8,255 @@ namespace wrn_fast {
 namespace WRN_ISA {
 namespace {
 
-// Running sums of a strip. Squares are taken of y - pivot, the pivot being the strip's first pixel: a channel with mean
-// 1000 and deviation 1 keeps its digits.
-struct Running {
-    Vec pivot, sum, squares;
-};
-WRN_INLINE Running open(const OutTile& t, int c) {
-    if (t.first) return {zero(), zero(), zero()};
-    return {load(t.state + c), load(t.state + NR + c), load(t.state + 2 * NR + c)};
-}
-WRN_INLINE void keep(const OutTile& t, int c, const Running& r) {
-    store(t.state + c, r.pivot);
-    store(t.state + NR + c, r.sum);
-    store(t.state + 2 * NR + c, r.squares);
+// Mean and sum of squared deviations of the tile's outputs, which fprop_channels left in acc: taken about the tile's
+// own mean, then merged with those of the strip's earlier tiles (Chan, Golub, LeVeque 1979). A channel with mean 1000
+// and deviation 1 keeps its digits.
+WRN_INLINE void add_moments(const OutTile& t, int c, Vec total) {
+  const float n = static_cast<float>(t.rows * t.cols), before = static_cast<float>(t.before);
+  const Vec inverse = broadcast(1.f / n);
+  Vec mean = total * inverse, residue = zero(), m2 = zero();
+  for (int i = 0; i < t.rows; ++i)
+    for (int j = 0; j < t.cols; ++j) {
+      const Vec d = load(t.acc + i * t.acc_row + j * t.acc_col + c) - mean;
+      residue += d;
+      m2 = fma(d, d, m2);
+    }
+  const Vec correction = residue * inverse;
+  mean += correction;
+  m2 = fnma(residue, correction, m2);
+  if (t.before > 0) {
+    const Vec mean_before = load(t.state + c), delta = mean - mean_before;
+    const float share = n / (before + n);
+    mean = fma(delta, broadcast(share), mean_before);
+    m2 += fma(delta * delta, broadcast(before * share), load(t.state + NR + c));
+  }
+  store(t.state + c, mean);
+  store(t.state + NR + c, m2);
 }
 
 // y = acc [+ bias + addend] [+ residual], dropout, store, sums, y_act. RARE gathers what few layers use.
 template <class T, bool RESIDUAL, bool SUMS, bool RARE>
 WRN_INLINE void fprop_channels(const Epilogue& e, const OutTile& t, int c, int n) {
-    const FpropArgs& a = *e.fprop;
-    T* y = static_cast<T*>(a.y);
-    T* y_act = static_cast<T*>(a.y_act);
-    const T* residual = static_cast<const T*>(a.residual);
-    const T* addend = static_cast<const T*>(e.addend);
-    const int64_t k = t.k0 + c;
-    Vec bias = zero(), out_scale = broadcast(1.f), out_shift = zero();
-    if (RARE && a.bias) bias = load_upto(a.bias + k, n);
-    if (RARE && y_act && a.out_scale) out_scale = load_upto(a.out_scale + k, n);
-    if (RARE && y_act && a.out_shift) out_shift = load_upto(a.out_shift + k, n);
-    Running r;
-    if (SUMS) r = open(t, c);
-    for (int i = 0; i < t.rows; ++i) {
-        const float* acc = t.acc + i * t.acc_row + c;
-        const int64_t pixel0 = t.pixel + i * t.pixel_row;
-        for (int j = 0; j < t.cols; ++j) {
-            const int64_t at = (pixel0 + j * t.pixel_col) * e.channels + k;
-            Vec v = load(acc + j * t.acc_col);
-            if (RARE) v += bias;
-            if (RARE && addend) v += load_upto(addend + at, n);
-            if (RESIDUAL) v += load_upto(residual + at, n);
-            if (RARE && a.dropout.active && !a.drop_act) v *= dropout_vector(at, a.dropout);
-            if (RARE && y_act) {
-                Vec u = activate(a.act_out, fma(v, out_scale, out_shift), broadcast(a.slope_out));
-                if (a.dropout.active && a.drop_act) u *= dropout_vector(at, a.dropout);
-                store_upto(y_act + at, u, n);
-            }
-            if (SUMS) {
-                v = rounded(y, v);
-                if (t.first && i == 0 && j == 0) r.pivot = v;
-                const Vec d = v - r.pivot;
-                r.sum += d;
-                r.squares = fma(d, d, r.squares);
-            }
-            if (!RARE || y) store_upto(y + at, v, n);
-        }
+  const FpropArgs& a = *e.fprop;
+  T* y = static_cast<T*>(a.y);
+  T* y_act = static_cast<T*>(a.y_act);
+  const T* residual = static_cast<const T*>(a.residual);
+  const T* addend = static_cast<const T*>(e.addend);
+  const int64_t k = t.k0 + c;
+  Vec bias = zero(), out_scale = broadcast(1.f), out_shift = zero();
+  if (RARE && a.bias) bias = load_upto(a.bias + k, n);
+  if (RARE && y_act && a.out_scale) out_scale = load_upto(a.out_scale + k, n);
+  if (RARE && y_act && a.out_shift) out_shift = load_upto(a.out_shift + k, n);
+  Vec total = zero();
+  for (int i = 0; i < t.rows; ++i) {
+    float* acc = t.acc + i * t.acc_row + c;
+    const int64_t pixel0 = t.pixel + i * t.pixel_row;
+    for (int j = 0; j < t.cols; ++j) {
+      const int64_t at = (pixel0 + j * t.pixel_col) * e.channels + k;
+      Vec v = load(acc + j * t.acc_col);
+      if (RARE) v += bias;
+      if (RARE && addend) v += load_upto(addend + at, n);
+      if (RESIDUAL) v += load_upto(residual + at, n);
+      if (RARE && a.dropout.active && !a.drop_act) v *= dropout_vector(at, a.dropout);
+      if (RARE && y_act) {
+        Vec u = activate(a.act_out, fma(v, out_scale, out_shift), broadcast(a.slope_out));
+        if (a.dropout.active && a.drop_act) u *= dropout_vector(at, a.dropout);
+        store_upto(y_act + at, u, n);
+      }
+      if (SUMS) {
+        v = rounded(y, v);
+        total += v;
+        store(acc + j * t.acc_col, v);
+      }
+      if (!RARE || y) store_upto(y + at, v, n);
     }
-    if (SUMS) keep(t, c, r);
+  }
+  if (SUMS) add_moments(t, c, total);
 }
 
 template <class T, bool RESIDUAL, bool SUMS, bool RARE>
 void fprop_tile(const Epilogue& e, const OutTile& t) {
-    for (int c = 0; c < t.kn; c += VL) {
-        if (t.kn - c >= VL)
-            fprop_channels<T, RESIDUAL, SUMS, RARE>(e, t, c, VL);
-        else
-            fprop_channels<T, RESIDUAL, SUMS, RARE>(e, t, c, t.kn - c);
-    }
+  for (int c = 0; c < t.kn; c += VL) {
+    if (t.kn - c >= VL)
+      fprop_channels<T, RESIDUAL, SUMS, RARE>(e, t, c, VL);
+    else
+      fprop_channels<T, RESIDUAL, SUMS, RARE>(e, t, c, t.kn - c);
+  }
 }
 
 // g = da * mask * act'(v); sums of g and g * xhat.
 template <class T, Act act, bool SUMS>
 WRN_INLINE void dgrad_channels(const Epilogue& e, const OutTile& t, int c, int n) {
-    const DgradArgs& a = *e.dgrad;
-    const Prologue& p = a.prologue;
-    const T* x = static_cast<const T*>(a.x);
-    T* g = static_cast<T*>(a.g);
-    const int64_t k = t.k0 + c;
-    const Vec center = p.center ? load_upto(p.center + k, n) : zero();
-    const Vec scale = p.scale ? load_upto(p.scale + k, n) : broadcast(1.f);
-    const Vec shift = p.shift ? load_upto(p.shift + k, n) : zero();
-    const Vec slope = broadcast(p.slope);
-    const Vec rstd = SUMS ? load_upto(a.rstd + k, n) : zero();
-    Running r;
-    if (SUMS) r = open(t, c);
-    for (int i = 0; i < t.rows; ++i) {
-        const float* acc = t.acc + i * t.acc_row + c;
-        const int64_t pixel0 = t.pixel + i * t.pixel_row;
-        for (int j = 0; j < t.cols; ++j) {
-            const int64_t at = (pixel0 + j * t.pixel_col) * e.channels + k;
-            Vec v = load(acc + j * t.acc_col);
-            if (p.dropout.active) v *= dropout_vector(at, p.dropout);
-            if (act != Act::identity || SUMS) {
-                const Vec d = load_upto(x + at, n) - center;
-                v *= activate_grad<act>(fma(d, scale, shift), slope);
-                if (SUMS) {
-                    v = rounded(g, v);
-                    r.sum += v;
-                    r.squares = fma(v, d * rstd, r.squares);
-                }
-            }
-            store_upto(g + at, v, n);
+  const DgradArgs& a = *e.dgrad;
+  const Prologue& p = a.prologue;
+  const T* x = static_cast<const T*>(a.x);
+  T* g = static_cast<T*>(a.g);
+  const int64_t k = t.k0 + c;
+  const Vec center = p.center ? load_upto(p.center + k, n) : zero();
+  const Vec scale = p.scale ? load_upto(p.scale + k, n) : broadcast(1.f);
+  const Vec shift = p.shift ? load_upto(p.shift + k, n) : zero();
+  const Vec slope = broadcast(p.slope);
+  const Vec rstd = SUMS ? load_upto(a.rstd + k, n) : zero();
+  const bool more = SUMS && t.before > 0;
+  Vec sum = more ? load(t.state + c) : zero(), product = more ? load(t.state + NR + c) : zero();
+  for (int i = 0; i < t.rows; ++i) {
+    const float* acc = t.acc + i * t.acc_row + c;
+    const int64_t pixel0 = t.pixel + i * t.pixel_row;
+    for (int j = 0; j < t.cols; ++j) {
+      const int64_t at = (pixel0 + j * t.pixel_col) * e.channels + k;
+      Vec v = load(acc + j * t.acc_col);
+      if (p.dropout.active) v *= dropout_vector(at, p.dropout);
+      if (act != Act::identity || SUMS) {
+        const Vec d = load_upto(x + at, n) - center;
+        const Vec pre = fma(d, scale, shift);
+        // A blend, not a product: an infinite da behind a closed relu is 0, as in PyTorch.
+        if (act == Act::relu)
+          v = select(less_equal(pre, zero()), zero(), v);
+        else
+          v *= activate_grad<act>(pre, slope);
+        if (SUMS) {
+          v = rounded(g, v);
+          sum += v;
+          product = fma(v, d * rstd, product);
         }
+      }
+      store_upto(g + at, v, n);
     }
-    if (SUMS) keep(t, c, r);
+  }
+  if (SUMS) {
+    store(t.state + c, sum);
+    store(t.state + NR + c, product);
+  }
 }
 
 template <class T, Act act, bool SUMS>
 void dgrad_tile(const Epilogue& e, const OutTile& t) {
-    for (int c = 0; c < t.kn; c += VL) {
-        if (t.kn - c >= VL)
-            dgrad_channels<T, act, SUMS>(e, t, c, VL);
-        else
-            dgrad_channels<T, act, SUMS>(e, t, c, t.kn - c);
-    }
+  for (int c = 0; c < t.kn; c += VL) {
+    if (t.kn - c >= VL)
+      dgrad_channels<T, act, SUMS>(e, t, c, VL);
+    else
+      dgrad_channels<T, act, SUMS>(e, t, c, t.kn - c);
+  }
 }
 
 using TileFn = void (*)(const Epilogue&, const OutTile&);
 
 template <class T>
 TileFn fprop_tile_for(bool residual, bool sums, bool rare) {
-    if (rare) {
-        if (residual) return sums ? fprop_tile<T, true, true, true> : fprop_tile<T, true, false, true>;
-        return sums ? fprop_tile<T, false, true, true> : fprop_tile<T, false, false, true>;
-    }
-    if (residual) return sums ? fprop_tile<T, true, true, false> : fprop_tile<T, true, false, false>;
-    return sums ? fprop_tile<T, false, true, false> : fprop_tile<T, false, false, false>;
+  if (rare) {
+    if (residual) return sums ? fprop_tile<T, true, true, true> : fprop_tile<T, true, false, true>;
+    return sums ? fprop_tile<T, false, true, true> : fprop_tile<T, false, false, true>;
+  }
+  if (residual) return sums ? fprop_tile<T, true, true, false> : fprop_tile<T, true, false, false>;
+  return sums ? fprop_tile<T, false, true, false> : fprop_tile<T, false, false, false>;
 }
 
 template <class T>
 TileFn dgrad_tile_for(Act act, bool sums) {
-    switch (act) {
-        case Act::relu: return sums ? dgrad_tile<T, Act::relu, true> : dgrad_tile<T, Act::relu, false>;
-        case Act::leaky_relu: return sums ? dgrad_tile<T, Act::leaky_relu, true> : dgrad_tile<T, Act::leaky_relu, false>;
-        case Act::silu: return sums ? dgrad_tile<T, Act::silu, true> : dgrad_tile<T, Act::silu, false>;
-        default: return sums ? dgrad_tile<T, Act::identity, true> : dgrad_tile<T, Act::identity, false>;
-    }
+  switch (act) {
+    case Act::relu:
+      return sums ? dgrad_tile<T, Act::relu, true> : dgrad_tile<T, Act::relu, false>;
+    case Act::leaky_relu:
+      return sums ? dgrad_tile<T, Act::leaky_relu, true> : dgrad_tile<T, Act::leaky_relu, false>;
+    case Act::silu:
+      return sums ? dgrad_tile<T, Act::silu, true> : dgrad_tile<T, Act::silu, false>;
+    default:
+      return sums ? dgrad_tile<T, Act::identity, true> : dgrad_tile<T, Act::identity, false>;
+  }
 }
 
 }  // namespace
 
 Epilogue fprop_epilogue(const FpropArgs& args, const void* addend) {
-    const bool rare = args.bias || addend || args.dropout.active || args.y_act || !args.y;
-    const bool residual = args.residual, sums = args.stats_y, wide = args.dtype == DType::f32;
-    Epilogue e = {};
-    e.run = wide ? fprop_tile_for<float>(residual, sums, rare) : fprop_tile_for<bf16>(residual, sums, rare);
-    e.channels = args.shape.K;
-    e.padded = panel_count(e.channels) * NR;
-    e.fprop = &args;
-    e.addend = addend;
-    e.reads = args.residual;
-    e.writes = args.y;
-    e.element_bytes = wide ? 4 : 2;
-    return e;
+  const bool rare = args.bias || addend || args.dropout.active || args.y_act || !args.y;
+  const bool residual = args.residual, sums = args.stats_y, wide = args.dtype == DType::f32;
+  Epilogue e = {};
+  e.run = wide ? fprop_tile_for<float>(residual, sums, rare) : fprop_tile_for<bf16>(residual, sums, rare);
+  e.channels = args.shape.K;
+  e.padded = panel_count(e.channels) * NR;
+  e.fprop = &args;
+  e.addend = addend;
+  e.reads = args.residual;
+  e.writes = args.y;
+  e.element_bytes = wide ? 4 : 2;
+  return e;
 }
 
 Epilogue dgrad_epilogue(const DgradArgs& args) {
-    const Act act = args.x ? args.prologue.act : Act::identity;
-    const bool sums = args.sums_g, wide = args.dtype == DType::f32;
-    Epilogue e = {};
-    e.run = wide ? dgrad_tile_for<float>(act, sums) : dgrad_tile_for<bf16>(act, sums);
-    e.channels = args.shape.C;
-    e.padded = panel_count(e.channels) * NR;
-    e.dgrad = &args;
-    e.reads = act != Act::identity || sums ? args.x : nullptr;
-    e.writes = args.g;
-    e.element_bytes = wide ? 4 : 2;
-    return e;
+  const Act act = args.x ? args.prologue.act : Act::identity;
+  const bool sums = args.sums_g, wide = args.dtype == DType::f32;
+  Epilogue e = {};
+  e.run = wide ? dgrad_tile_for<float>(act, sums) : dgrad_tile_for<bf16>(act, sums);
+  e.channels = args.shape.C;
+  e.padded = panel_count(e.channels) * NR;
+  e.dgrad = &args;
+  e.reads = act != Act::identity || sums ? args.x : nullptr;
+  e.writes = args.g;
+  e.element_bytes = wide ? 4 : 2;
+  return e;
 }
 
 void close_strip(const Epilogue& e, int64_t strip, const OutTile& t, int64_t pixels) {
-    float* record = e.records + strip * 2 * e.padded + t.k0;
-    const Vec inverse = broadcast(1.f / static_cast<float>(pixels));
-    for (int c = 0; c < t.kn; c += VL) {
-        const Vec pivot = load(t.state + c), sum = load(t.state + NR + c), squares = load(t.state + 2 * NR + c);
-        if (e.fprop) {
-            const Vec shift = sum * inverse;
-            store(record + c, pivot + shift);
-            store(record + e.padded + c, max(zero(), fnma(sum, shift, squares)));
-        } else {
-            store(record + c, sum);
-            store(record + e.padded + c, squares);
-        }
-    }
+  if (t.k0 == 0) e.counts[strip] = static_cast<float>(pixels);
+  if (pixels == 0) return;
+  float* record = e.records + strip * 2 * e.padded + t.k0;
+  for (int c = 0; c < t.kn; c += VL) {
+    store(record + c, load(t.state + c));
+    store(record + e.padded + c, load(t.state + NR + c));
+  }
 }
+
+namespace {
+
+// (mean, M2) of the strips into (mean, variance) of all: the parallel form of Chan, Golub and LeVeque (1979).
+void merge_statistics(const Epilogue& e, int64_t block, float* stats) {
+  double mean[NR] = {}, m2[NR] = {}, total = 0;
+  for (int64_t s = 0; s < e.strips; ++s) {
+    const double weight = static_cast<double>(e.counts[s]);
+    if (weight == 0.) continue;
+    const float* record = e.records + s * 2 * e.padded + block * NR;
+    for (int c = 0; c < NR; ++c) mean[c] += weight * static_cast<double>(record[c]);
+    total += weight;
+  }
+  for (int c = 0; c < NR; ++c) mean[c] /= total;
+  for (int64_t s = 0; s < e.strips; ++s) {
+    const double weight = static_cast<double>(e.counts[s]);
+    if (weight == 0.) continue;
+    const float* record = e.records + s * 2 * e.padded + block * NR;
+    for (int c = 0; c < NR; ++c) {
+      const double d = static_cast<double>(record[c]) - mean[c];
+      m2[c] += static_cast<double>(record[e.padded + c]) + weight * d * d;
+    }
+  }
+  for (int c = 0; c < NR && block * NR + c < e.channels; ++c) {
+    stats[block * NR + c] = static_cast<float>(mean[c]);
+    stats[e.channels + block * NR + c] = static_cast<float>(m2[c] / total);
+  }
+}
+
+void merge_sums(const Epilogue& e, int64_t block, float* sums) {
+  double first[NR] = {}, second[NR] = {};
+  for (int64_t s = 0; s < e.strips; ++s) {
+    if (e.counts[s] == 0.f) continue;
+    const float* record = e.records + s * 2 * e.padded + block * NR;
+    for (int c = 0; c < NR; ++c) {
+      first[c] += static_cast<double>(record[c]);
+      second[c] += static_cast<double>(record[e.padded + c]);
+    }
+  }
+  for (int c = 0; c < NR && block * NR + c < e.channels; ++c) {
+    sums[block * NR + c] = static_cast<float>(first[c]);
+    sums[e.channels + block * NR + c] = static_cast<float>(second[c]);
+  }
+}
+
+}  // namespace
 
 // Channels are independent, so threads may share them; within one channel the order is that of the strips.
-void merge_statistics(const Epilogue& e, const Strips& strips, float* stats, int threads) {
-    const int64_t count = strips.count(), blocks = e.padded / NR;
-    const double total = static_cast<double>(strips.images) * static_cast<double>(strips.height * strips.width);
+void merge_records(const Epilogue& e, float* statistics, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t b = 0; b < blocks; ++b) {
-        double mean[NR] = {}, m2[NR] = {};
-        for (int64_t s = 0; s < count; ++s) {
-            const double weight = static_cast<double>(strips.pixels(s));
-            const float* record = e.records + s * 2 * e.padded + b * NR;
-            for (int c = 0; c < NR; ++c) mean[c] += weight * static_cast<double>(record[c]);
-        }
-        for (int c = 0; c < NR; ++c) mean[c] /= total;
-        for (int64_t s = 0; s < count; ++s) {
-            const double weight = static_cast<double>(strips.pixels(s));
-            const float* record = e.records + s * 2 * e.padded + b * NR;
-            for (int c = 0; c < NR; ++c) {
-                const double d = static_cast<double>(record[c]) - mean[c];
-                m2[c] += static_cast<double>(record[e.padded + c]) + weight * d * d;
-            }
-        }
-        for (int c = 0; c < NR && b * NR + c < e.channels; ++c) {
-            stats[b * NR + c] = static_cast<float>(mean[c]);
-            stats[e.channels + b * NR + c] = static_cast<float>(m2[c] / total);
-        }
-    }
-}
-
-void merge_sums(const Epilogue& e, int64_t strips, float* sums, int threads) {
-    const int64_t blocks = e.padded / NR;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t b = 0; b < blocks; ++b) {
-        double first[NR] = {}, second[NR] = {};
-        for (int64_t s = 0; s < strips; ++s) {
-            const float* record = e.records + s * 2 * e.padded + b * NR;
-            for (int c = 0; c < NR; ++c) {
-                first[c] += static_cast<double>(record[c]);
-                second[c] += static_cast<double>(record[e.padded + c]);
-            }
-        }
-        for (int c = 0; c < NR && b * NR + c < e.channels; ++c) {
-            sums[b * NR + c] = static_cast<float>(first[c]);
-            sums[e.channels + b * NR + c] = static_cast<float>(second[c]);
-        }
-    }
+  for (int64_t block = 0; block < e.padded / NR; ++block)
+    e.fprop ? merge_statistics(e, block, statistics) : merge_sums(e, block, statistics);
 }
 
 }  // namespace WRN_ISA

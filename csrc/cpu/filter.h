@@ -1,7 +1,8 @@
 // Filters on their way to the GEMM: oriented views of w, and packed panels.
 //
-// A pack is [panel][matrix][reduction][panel width]: (m+2)^2 matrices of the transformed filter for Winograd, R*S taps for
-// the direct kernel. Panels hold NR output channels; the last holds VL when that is enough; missing channels are zero.
+// A pack is [panel][matrix][reduction][panel width]: (m+2)^2 matrices of the transformed filter for Winograd, R*S taps
+// for the direct kernel. Panels hold NR output channels; the last holds VL when that is enough; missing channels are
+// zero.
 #pragma once
 
 #include "../problem.h"
@@ -12,11 +13,11 @@ namespace WRN_ISA {
 
 // Element (out, reduce, r, s) at data + out*stride_out + reduce*stride_reduce + r*stride_r + s*stride_s.
 struct FilterView {
-    const void* data;
-    DType dtype;
-    int64_t out, reduce;
-    int R, S;
-    int64_t stride_out, stride_reduce, stride_r, stride_s;
+  const void* data;
+  DType dtype;
+  int64_t out, reduce;
+  int R, S;
+  int64_t stride_out, stride_reduce, stride_r, stride_s;
 };
 
 FilterView fprop_view(const Weight& w, int64_t K, int64_t C, int R, int S);
@@ -28,10 +29,13 @@ FilterView rotated_view(const Weight& w, int64_t K, int64_t C, int R, int S);
 // m: 4 or 2 for Winograd, 0 for the direct kernel.
 int filter_matrices(int m, const FilterView& f);
 int64_t filter_floats(int m, const FilterView& f);
-WRN_INLINE int64_t panel_floats(int matrices, int64_t reduce) { return matrices * reduce * NR; }
+WRN_INLINE int64_t panel_floats(int matrices, int64_t reduce) {
+  return matrices * reduce * NR;
+}
 
 // Reduction rows [begin, end) of one panel: matrix x, row c at out[x * matrix_stride + (c - begin) * width].
-void pack_rows(int m, const FilterView& f, int64_t panel, int64_t begin, int64_t end, float* out, int64_t matrix_stride);
+void pack_rows(int m, const FilterView& f, int64_t panel, int64_t begin, int64_t end, float* out,
+               int64_t matrix_stride);
 
 void pack_filter(int m, const FilterView& f, float* out, int threads);
 

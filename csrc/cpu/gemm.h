@@ -1,11 +1,11 @@
-// The one GEMM under Winograd and the direct convolution: C[t][n] (+)= sum over segments and c of A[t][c] * B[c][n].
+// The one GEMM under Winograd and the direct convolution: C[t][n] = sum over segments and c of A[t][c] * B[c][n].
 //
-// A is read in place, row by row (a pixel or a tile, channels contiguous), B is a packed panel of NV*VL columns.
+// A is read in place, row by row (a pixel or a tile, channels contiguous); B is a packed panel of NV*VL columns.
 // The accumulators of an MR x NV*VL block never leave registers for a cut of kCut channels; a cut is then added to sums
-// that stay in registers too (AVX-512) or in the first-level cache, and C is written once. Cutting shortens the chains of
-// fp32 additions: C=320 F(4x4) 1.0e-6 uncut, 5.7e-7 cut at 32. Sums in registers: 0.97 of a loop of FMAs alone against
-// 0.92 with 14x32 blocks whose cuts are added in memory (Zen 4, operands in cache, C=160). The order of additions is
-// fixed by (segment, cut), never by blocks of rows or threads.
+// that stay in registers too (AVX-512) or in the first-level cache, and C is written once. Cutting shortens the chains
+// of fp32 additions: C=320 F(4x4) 1.0e-6 uncut, 5.7e-7 cut at 32. Sums in registers: 0.97 of a loop of FMAs alone
+// against 0.92 with 14x32 blocks whose cuts are added in memory (Zen 4, operands in cache, C=160). The order of
+// additions is fixed by (segment, cut), never by blocks of rows or threads.
 #pragma once
 
 #include "vec.h"
@@ -22,18 +22,22 @@ constexpr int MR_MAX = VL == 16 ? 7 : 6;
 
 // One stretch of the reduction: a Winograd product has one, a 3x3 filter nine, a 1x1 shortcut adds one more.
 struct Segment {
-    const float* a;  // row t at a + t * lda
-    int64_t lda;
-    const float* b;  // [length][nv * VL]
-    int64_t length;
+  const float* a;              // row t at a + t / cols * row_step + t % cols * col_step
+  int64_t row_step, col_step;  // floats
+  const float* b;              // [length][nv * VL]
+  int64_t length;
 };
 
 // Panels of K columns: all NR wide, but the last one VL wide when that covers its columns.
-WRN_INLINE int64_t panel_count(int64_t columns) { return (columns + NR - 1) / NR; }
-WRN_INLINE int panel_vectors(int64_t columns, int64_t panel) { return columns - panel * NR <= VL ? 1 : NV_FULL; }
+WRN_INLINE int64_t panel_count(int64_t columns) {
+  return (columns + NR - 1) / NR;
+}
+WRN_INLINE int panel_vectors(int64_t columns, int64_t panel) {
+  return columns - panel * NR <= VL ? 1 : NV_FULL;
+}
 
-// C has `rows` rows of nv*VL floats, ldc apart. accumulate: add to C, else C is overwritten.
-void gemm_panel(int nv, const Segment* segments, int n_segments, int64_t rows, float* c, int64_t ldc, bool accumulate);
+// C has `rows` rows of nv*VL floats, ldc apart; cols: rows of A in a row of pixels.
+void gemm_panel(int nv, const Segment* segments, int n_segments, int64_t rows, int64_t cols, float* c, int64_t ldc);
 
 }  // namespace WRN_ISA
 }  // namespace wrn_fast

@@ -18,6 +18,7 @@ struct Kernels {
     // conv.cpp: see the argument structs in problem.h. std::bad_alloc when scratch cannot be had.
     void (*fprop)(const FpropArgs&);
     void (*dgrad)(const DgradArgs&);
+    void (*wgrad)(const WgradArgs&);  // wgrad.cpp
     int64_t (*packed_size)(const PackArgs&);  // floats
     void (*pack)(const PackArgs&);
 };
@@ -31,6 +32,9 @@ const Kernels* kernels_named(const char* name);
 // The documented policy: which algorithm an exact-by-default fp32/bf16 call runs. It reads the shape and the batch, never
 // the thread count, so bits depend on the batch only here; `pin_batch` answers as for a large batch.
 Algo choose_algo(const ConvShape& shape, bool dgrad, bool pin_batch);
+
+// f4 stands for F(3x3,4x4), direct for the library's wgrad.
+Algo choose_wgrad_algo(const ConvShape& shape);
 
 namespace avx512 { extern const Kernels table; }
 namespace avx2 { extern const Kernels table; }

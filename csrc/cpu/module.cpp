@@ -53,6 +53,7 @@ Plan make_plan(bool bf16, int64_t N, int64_t H, int64_t W, int64_t C, int64_t K,
     plan.short_stride = short_stride;
     plan.fprop_algo = narrow(choose_algo(s, false, pin_algo), precision);
     plan.dgrad_algo = narrow(choose_algo(s, true, pin_algo), precision);
+    plan.wgrad_algo = precision == "direct" ? Algo::direct : choose_wgrad_algo(s);
     return plan;
 }
 
@@ -96,8 +97,10 @@ PYBIND11_MODULE(_cpu, m) {
              py::arg("act_out"), py::arg("precision"), py::arg("pin_algo"))
         .def_property_readonly("fprop_algo", [](const Plan& p) { return name_of(p.fprop_algo); })
         .def_property_readonly("dgrad_algo", [](const Plan& p) { return name_of(p.dgrad_algo); })
+        .def_property_readonly("wgrad_algo", [](const Plan& p) { return name_of(p.wgrad_algo); })
         .def("fprop", &Plan::fprop, release())
         .def("dgrad", &Plan::dgrad, release())
+        .def("wgrad", &Plan::wgrad, release())
         .def("bn_bwd_apply", &Plan::bn_bwd_apply, release())
         .def("channel_stats", &Plan::channel_stats, release())
         .def("source", &Plan::source, release())

@@ -155,6 +155,21 @@ void Plan::dgrad(int threads, Pointer dy, Pointer x, Pointer w, int w_code, Poin
     kernels().dgrad(args);
 }
 
+void Plan::wgrad(int threads, Pointer dy, Pointer x, Pointer stats, Pointer gamma, Pointer beta, Pointer rng,
+                 Pointer dw) const {
+    const Affine affine(shape.C, stats, gamma, beta, eps, act, slope);
+    WgradArgs args;
+    args.shape = shape;
+    args.dtype = dtype;
+    args.threads = threads;
+    args.dy = at<const void>(dy);
+    args.x = at<const void>(x);
+    args.prologue = affine.prologue;
+    args.prologue.dropout = dropout(rng, drop_at == DropAt::prologue);
+    args.dw = at<float>(dw);
+    kernels().wgrad(args);
+}
+
 void Plan::bn_bwd_apply(int threads, Pointer g, Pointer x, Pointer stats, Pointer gamma, Pointer sums, Pointer dx) const {
     const Affine affine(shape.C, stats, gamma, 0, eps, act, slope);
     BnBwdArgs args;

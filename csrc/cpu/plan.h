@@ -32,7 +32,7 @@ struct Plan {
     DropAt drop_at = DropAt::none;
     int64_t short_C = 0;
     int short_stride = 1;
-    Algo fprop_algo = Algo::direct, dgrad_algo = Algo::direct;
+    Algo fprop_algo = Algo::direct, dgrad_algo = Algo::direct, wgrad_algo = Algo::direct;
 
     void fprop(int threads, Pointer x, Pointer w, int w_code, Pointer packed, Pointer stats, Pointer gamma, Pointer beta,
                Pointer bias, Pointer residual, Pointer x_short, int64_t short_H, int64_t short_W, Pointer w_short,
@@ -40,9 +40,11 @@ struct Plan {
                Pointer rng, Pointer out_scale, Pointer out_shift, Pointer y, Pointer stats_y, Pointer y_act) const;
     void dgrad(int threads, Pointer dy, Pointer x, Pointer w, int w_code, Pointer packed, Pointer stats, Pointer gamma,
                Pointer beta, Pointer rng, Pointer g, Pointer sums) const;
+    // wgrad_algo f4 only.
+    void wgrad(int threads, Pointer dy, Pointer x, Pointer stats, Pointer gamma, Pointer beta, Pointer rng, Pointer dw) const;
     void bn_bwd_apply(int threads, Pointer g, Pointer x, Pointer stats, Pointer gamma, Pointer sums, Pointer dx) const;
     void channel_stats(int threads, Pointer x, Pointer stats) const;
-    // a = dropout(act(bn(x))), what wgrad multiplies dy with.
+    // a = dropout(act(bn(x))), what the library's wgrad multiplies dy with.
     void source(int threads, Pointer x, Pointer stats, Pointer gamma, Pointer beta, Pointer rng, Pointer a) const;
     void drop(int threads, Pointer x, Pointer rng, Pointer y) const;
 

@@ -20,14 +20,14 @@ void scratch_release();
 
 // Hands out 64-byte aligned parts; with a null base it only adds up the size.
 struct Parts {
-    char* base = nullptr;
-    int64_t used = 0;
+  char* base = nullptr;
+  int64_t used = 0;
 
-    float* floats(int64_t n) {
-        char* p = base ? base + used : nullptr;
-        used += (n * static_cast<int64_t>(sizeof(float)) + kScratchAlign - 1) / kScratchAlign * kScratchAlign;
-        return reinterpret_cast<float*>(p);
-    }
+  float* floats(int64_t n) {
+    char* p = base ? base + used : nullptr;
+    used += (n * static_cast<int64_t>(sizeof(float)) + kScratchAlign - 1) / kScratchAlign * kScratchAlign;
+    return reinterpret_cast<float*>(p);
+  }
 };
 
 }  // namespace wrn_fast

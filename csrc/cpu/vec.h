@@ -47,6 +47,7 @@ WRN_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 WRN_INLINE Vec load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(lanes(n), p)}; }
 WRN_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 WRN_INLINE void store_n(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, lanes(n), a.v); }
+WRN_INLINE void stream(float* p, Vec a) { _mm512_stream_ps(p, a.v); }
 WRN_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 WRN_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 WRN_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
@@ -97,6 +98,7 @@ WRN_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
 WRN_INLINE Vec load_n(const float* p, int n) { return {_mm256_maskload_ps(p, lanes(n))}; }
 WRN_INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
 WRN_INLINE void store_n(float* p, Vec a, int n) { _mm256_maskstore_ps(p, lanes(n), a.v); }
+WRN_INLINE void stream(float* p, Vec a) { _mm256_stream_ps(p, a.v); }
 WRN_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 WRN_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
 WRN_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
@@ -155,6 +157,7 @@ WRN_INLINE Vec load_n(const float* p, int n) {
     return r;
 }
 WRN_INLINE void store_n(float* p, Vec a, int n) { memcpy(p, &a.v, sizeof(float) * static_cast<size_t>(n)); }
+WRN_INLINE void stream(float* p, Vec a) { store(p, a); }
 WRN_INLINE Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
 WRN_INLINE Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
 WRN_INLINE Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
@@ -209,6 +212,13 @@ WRN_INLINE void store_n(bf16* p, Vec a, int n) {
     memcpy(p, t, sizeof(bf16) * static_cast<size_t>(n));
 }
 #endif
+
+// stream() is a store past the caches to an address aligned to the vector; other threads see it after the fence.
+WRN_INLINE void stream_fence() {
+#if defined(__AVX2__)
+    _mm_sfence();
+#endif
+}
 
 WRN_INLINE Vec& operator+=(Vec& a, Vec b) { return a = a + b; }
 WRN_INLINE Vec& operator-=(Vec& a, Vec b) { return a = a - b; }

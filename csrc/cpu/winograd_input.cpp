@@ -78,7 +78,7 @@ void strip(const WinogradInput& in, int64_t image, int64_t tile_row, int64_t c0,
 
     const T* rows[n];
     const int64_t row_elements = in.W * in.C;
-    int64_t multiplier_row = row_elements + VL;
+    const int64_t multiplier_row = row_elements + VL, width = (c1 < in.C ? c1 : in.C) - c0;
     bool all_rows = true;
     for (int i = 0; i < n; ++i) {
         const int64_t h = top + i;
@@ -86,8 +86,14 @@ void strip(const WinogradInput& in, int64_t image, int64_t tile_row, int64_t c0,
         all_rows &= inside;
         const int64_t first = (image * in.H + h) * row_elements;
         rows[i] = inside ? static_cast<const T*>(in.data) + first : nullptr;
-        if (inside && in.prologue.dropout.active)
-            dropout_multipliers(multipliers + i * multiplier_row, first, row_elements, in.prologue.dropout);
+        if (!inside || !in.prologue.dropout.active) continue;
+        float* row = multipliers + i * multiplier_row;
+        if (width == in.C) {
+            dropout_multipliers(row, first, row_elements, in.prologue.dropout);
+            continue;
+        }
+        for (int64_t w = 0; w < in.W; ++w)
+            dropout_multipliers(row + w * width, first + w * in.C + c0, width, in.prologue.dropout);
     }
     T* tail = reinterpret_cast<T*>(multipliers + (in.prologue.dropout.active ? n * multiplier_row : 0));
 
@@ -95,9 +101,9 @@ void strip(const WinogradInput& in, int64_t image, int64_t tile_row, int64_t c0,
         Block<T> block;
         const int64_t left = in.C - c;
         block.pixel = left >= VL ? in.C : VL;
-        block.multiplier_pixel = in.C;
+        block.multiplier_pixel = width;
         for (int i = 0; i < n; ++i) {
-            block.multipliers[i] = multipliers + i * multiplier_row + c;
+            block.multipliers[i] = multipliers + i * multiplier_row + c - c0;
             block.rows[i] = rows[i] ? rows[i] + c : nullptr;
             if (left < VL && rows[i]) {
                 // The last channels are copied next to zeros, so that whole vectors can be read.

@@ -8,30 +8,32 @@ namespace {
 
 template <int M>
 void tile(const float* products, int nv, float* out) {
-    constexpr int n = M + 2;
-    const int width = nv * VL;
-    for (int c = 0; c < width; c += VL) {
-        Vec t[M * n];
+  constexpr int n = M + 2;
+  const int width = nv * VL;
+  for (int c = 0; c < width; c += VL) {
+    Vec t[M * n];
 #pragma GCC unroll 6
-        for (int j = 0; j < n; ++j) {
-            Vec p[n];
+    for (int j = 0; j < n; ++j) {
+      Vec p[n];
 #pragma GCC unroll 6
-            for (int i = 0; i < n; ++i) p[i] = load(products + (i * n + j) * width + c);
-            output_1d<M>(p, 1, t + j, n);
-        }
-#pragma GCC unroll 4
-        for (int i = 0; i < M; ++i) {
-            Vec o[M];
-            output_1d<M>(t + i * n, 1, o, 1);
-#pragma GCC unroll 4
-            for (int j = 0; j < M; ++j) store(out + (i * M + j) * width + c, o[j]);
-        }
+      for (int i = 0; i < n; ++i) p[i] = load(products + (i * n + j) * width + c);
+      output_1d<M>(p, 1, t + j, n);
     }
+#pragma GCC unroll 4
+    for (int i = 0; i < M; ++i) {
+      Vec o[M];
+      output_1d<M>(t + i * n, 1, o, 1);
+#pragma GCC unroll 4
+      for (int j = 0; j < M; ++j) store(out + (i * M + j) * width + c, o[j]);
+    }
+  }
 }
 
 }  // namespace
 
-OutputTransform output_transform(int m) { return m == 4 ? tile<4> : tile<2>; }
+OutputTransform output_transform(int m) {
+  return m == 4 ? tile<4> : tile<2>;
+}
 
 }  // namespace WRN_ISA
 }  // namespace wrn_fast

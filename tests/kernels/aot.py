@@ -1,7 +1,7 @@
 """Ahead of time, with no GPU: what a launch would compile, compiled for a target, and what came out, counted.
 
-    python tests/kernels/aot.py            prints the cases and counts of a few
-    python tests/kernels/aot.py --write    compiles every case and rewrites aot.json
+    python tests/kernels/aot.py --only 'sm_90 bf16 n128 160'    prints what those cases compile to
+    python tests/kernels/aot.py --write                         compiles every case and writes aot.json
 
 The launchers run on tensors without memory; a recorder takes the place of the JIT, so kernels, arguments and tiles are
 the shipped ones. "issue" is what a scheduler must issue in the main loop for every clock of the tensor cores there:
@@ -201,7 +201,7 @@ def count(kernel: Any, keywords: dict, case: Aot) -> dict[str, Any]:
     listing = out.pop("listing")
     tensor = ("v_mfma",) if gfx else ("HGMMA", "HMMA")
     length = _main_loop(listing, tensor)
-    if "COLS0" in keywords and length:
+    if "COLS0" in keywords and length and not gfx:
         rows = keywords.get("BLOCK_ROWS", keywords.get("BLOCK_C"))
         red = keywords.get("BLOCK_RED", keywords.get("BLOCK_PIXELS"))
         columns = keywords["COLS0"] + keywords["COLS1"]
@@ -271,22 +271,23 @@ def _main_loop(listing: list[tuple[str, str, str]], tensor: tuple[str, ...]) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="count what the shipped kernels compile to")
-    parser.add_argument("--write", action="store_true", help=f"rewrite {TABLE.name}")
+    parser.add_argument("--write", action="store_true", help=f"make {TABLE.name} anew")
+    parser.add_argument("--more", action="store_true", help="add the cases that it does not have")
     parser.add_argument("--only", default="", help="a regular expression that names must match")
     args = parser.parse_args()
     import triton
 
-    rows = {}
+    table = json.loads(TABLE.read_text()) if TABLE.exists() else {"rows": {}}
+    rows = table["rows"] if args.more and table["triton"] == triton.__version__ else {}
+    rows = {name: row for name, row in rows.items() if name in cases()}
     for name, case in cases().items():
-        if re.search(args.only, name):
-            rows[name] = compiled(case)
-            print(name, *rows[name], sep="\n    ", flush=True)
-    if args.write:
-        old = json.loads(TABLE.read_text()) if TABLE.exists() else {"rows": {}}
-        kept = {name: row for name, row in old["rows"].items() if name in cases()}
-        rows = dict(sorted({**kept, **rows}.items()))
-        lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
-        TABLE.write_text(f'{{"triton": {json.dumps(triton.__version__)}, "rows": {{\n{lines}\n}}}}\n')
+        if not re.search(args.only, name) or name in rows:
+            continue
+        rows[name] = compiled(case)
+        print(name, *rows[name], sep="\n    ", flush=True)
+        if args.write or args.more:
+            lines = ",\n".join(f"  {json.dumps(n)}: {json.dumps(row)}" for n, row in sorted(rows.items()))
+            TABLE.write_text(f'{{"triton": {json.dumps(triton.__version__)}, "rows": {{\n{lines}\n}}}}\n')
 
 
 if __name__ == "__main__":

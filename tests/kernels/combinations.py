@@ -88,10 +88,11 @@ def cases(seed: int, count: int) -> list[dict]:
 
 
 def fixed(choice: dict, rng: random.Random) -> dict:
-    """The fields of ConvProblem that a choice settles."""
+    """The fields of ConvProblem that a choice settles. Half of the images have whole rows in a block of pixels."""
     source, short, drop_at = choice["source"], choice["short"], choice["drop_at"]
+    image = {} if rng.random() < 0.5 else {"H": rng.choice((4, 6)), "W": rng.choice((4, 8))}
     values = {n: choice[n] for n in ("taps", "stride", "pad", "act", "bias", "residual", "act_out", "want_y", "N")}
-    return values | {
+    return values | image | {
         "prologue": source != "raw",
         "affine": source == "bn+affine",
         "short_C": 0 if short == "none" else rng.choice((1, 5, 16, 18)),

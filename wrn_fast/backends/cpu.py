@@ -282,8 +282,16 @@ def wgrad(
     rng: Tensor | None,
 ) -> Tensor:
     """dw [K,C,R,S]: the activation is made again from x."""
-    a = _source(problem, x, _vector(stats), _vector(gamma), _vector(beta), rng)
-    return _nhwc(_conv_wgrad(problem, dy, a), problem.w_dtype)
+    plan = _plan(problem)
+    stats, gamma, beta = _vector(stats), _vector(gamma), _vector(beta)
+    if plan.wgrad_algo == "direct":
+        a = _source(problem, x, stats, gamma, beta, rng)
+        return _nhwc(_conv_wgrad(problem, dy, a), problem.w_dtype)
+    dw = torch.empty((problem.K, problem.C, problem.R, problem.S), memory_format=torch.channels_last)
+    plan.wgrad(
+        threads(problem.flops), _ptr(dy), _ptr(x), _ptr(stats), _ptr(gamma), _ptr(beta), _ptr(rng), _ptr(dw)
+    )
+    return _nhwc(dw, problem.w_dtype)
 
 
 def bn_bwd_apply(

@@ -77,6 +77,19 @@ def gpu(index: int | None) -> str:
     return "interpreter" if index is None else torch.cuda.get_device_name(index)
 
 
+def driver(index: int | None) -> str:
+    """The version of CUDA that the driver speaks, or of ROCm."""
+    if index is None:
+        return "none"
+    return str(torch.version.hip) if torch.version.hip else str(torch._C._cuda_getDriverVersion())
+
+
+def forget() -> None:
+    """Read tuned rows again at the next call."""
+    tuned.table.cache_clear()
+    config.cache_clear()
+
+
 def unsupported(op: str, problem: ConvProblem) -> str | None:
     """A sentence that says why the problem cannot run here, or None."""
     if problem.device == "cpu" and not interpreting():
@@ -98,13 +111,18 @@ def unsupported(op: str, problem: ConvProblem) -> str | None:
 
 
 def _failed_proof(op: str, problem: ConvProblem) -> str | None:
-    """The self-check of the kernels that would serve `problem`; see kernels/selfcheck.py."""
+    """The self-check of the tile that would serve `problem`. Not inside a capture, where nothing may be read back."""
     if op in _WITHOUT_TILE or torch.cuda.is_current_stream_capturing():
         return None
+    index = torch.cuda.current_device()
+    return refused_tile(op, problem, config(op, problem, index), torch.device("cuda", index))
+
+
+def refused_tile(op: str, problem: ConvProblem, tile: configs.TileConfig, device: torch.device) -> str | None:
+    """Why a tile must not be used on a device: it does not compile there, or computes wrongly. See kernels/selfcheck.py."""
     from wrn_fast.kernels import selfcheck
 
-    index = torch.cuda.current_device()
-    return selfcheck.reason(op, problem, config(op, problem, index), _dot(problem, index), torch.device("cuda", index))
+    return selfcheck.reason(op, problem, tile, dot_precision(problem, device.index), device)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -121,7 +139,7 @@ def config(op: str, problem: ConvProblem, index: int | None) -> configs.TileConf
     return configs.heuristic(op, problem, here)
 
 
-def _dot(problem: ConvProblem, index: int | None) -> str:
+def dot_precision(problem: ConvProblem, index: int | None) -> str:
     """Triton's `input_precision`."""
     if problem.dtype != torch.float32 or index is None or arithmetic.current() == "direct":
         return "ieee"
@@ -144,15 +162,18 @@ def _launchers() -> dict[str, Callable]:
     return {f.__name__: f for f in (bn_bwd_apply, channel_stats, dgrad, dropout, fprop, wgrad)}
 
 
-def _launch(op: str, problem: ConvProblem, x: Tensor, *tensors: Tensor | None) -> Any:
-    """Calls the launcher of `op` on x's device."""
-    function = _launchers()[op]
-    index = x.device.index
-    tile = () if op in _WITHOUT_TILE else (config(op, problem, index), _dot(problem, index))
+def launch(op: str, problem: ConvProblem, tile: configs.TileConfig | None, *tensors: Tensor | None) -> Any:
+    """Runs `op` with the given tile (None: the chosen one) on the device of the first tensor."""
+    assert tensors[0] is not None
+    index = tensors[0].device.index
+    if op in _WITHOUT_TILE:
+        how: tuple = ()
+    else:
+        how = (tile or config(op, problem, index), dot_precision(problem, index))
     if index is None or index == torch.cuda.current_device():
-        return function(problem, *tile, x, *tensors)
+        return _launchers()[op](problem, *how, *tensors)
     with torch.cuda.device(index):
-        return function(problem, *tile, x, *tensors)
+        return _launchers()[op](problem, *how, *tensors)
 
 
 def fprop(
@@ -174,8 +195,8 @@ def fprop(
     out_shift: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y [N,K,P,Q], stats_y [2,K], y_act [N,K,P,Q]); an absent output has 0 elements."""
-    return _launch(
-        "fprop", problem, x, w, stats, gamma, beta, bias, residual, x_short, w_short, stats_short, gamma_short,
+    return launch(
+        "fprop", problem, None, x, w, stats, gamma, beta, bias, residual, x_short, w_short, stats_short, gamma_short,
         beta_short, rng, out_scale, out_shift,
     )  # fmt: skip
 
@@ -191,7 +212,7 @@ def dgrad(
     rng: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(g [N,C,H,W], sums_g [2,C]): the gradient before the activation, and the sums of g and g*xhat."""
-    return _launch("dgrad", problem, dy, x, w, stats, gamma, beta, rng)
+    return launch("dgrad", problem, None, dy, x, w, stats, gamma, beta, rng)
 
 
 def wgrad(
@@ -204,21 +225,21 @@ def wgrad(
     rng: Tensor | None,
 ) -> Tensor:
     """dw [K,C,R,S]: the activation is made again from x."""
-    return _launch("wgrad", problem, dy, x, stats, gamma, beta, rng)
+    return launch("wgrad", problem, None, dy, x, stats, gamma, beta, rng)
 
 
 def bn_bwd_apply(
     problem: ConvProblem, g: Tensor, x: Tensor, stats: Tensor, gamma: Tensor | None, sums_g: Tensor | None
 ) -> Tensor:
     """dx [N,C,H,W] from the gradient before the activation: BatchNorm's own backward, in one pass."""
-    return _launch("bn_bwd_apply", problem, g, x, stats, gamma, sums_g)
+    return launch("bn_bwd_apply", problem, None, g, x, stats, gamma, sums_g)
 
 
 def channel_stats(problem: ConvProblem, x: Tensor) -> Tensor:
     """[2, C]: mean and biased variance of x, read once."""
-    return _launch("channel_stats", problem, x)
+    return launch("channel_stats", problem, None, x)
 
 
 def dropout(problem: ConvProblem, x: Tensor, rng: Tensor) -> Tensor:
     """x * mask / (1 - p)."""
-    return _launch("dropout", problem, x, rng)
+    return launch("dropout", problem, None, x, rng)

@@ -16,7 +16,7 @@ from wrn_fast.demo.stages import Demo
 from wrn_fast.errors import WrnFastError
 
 # race: depth and width of the model that is timed; batches: of its inference and its training step.
-FULL = {"epochs": 10, "limit": 1500, "race": (28, 10), "batches": (8, 16), "runs": 5}
+FULL = {"epochs": 8, "limit": 1500, "race": (28, 10), "batches": (8, 16), "runs": 5}
 QUICK = {"epochs": 2, "limit": 256, "race": (16, 4), "batches": (8, 8), "runs": 3}
 DEPTH, WIDTH = 10, 4
 
@@ -31,7 +31,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     option = parser.add_argument
     option("--data", metavar="PATH", help="folder with CIFAR-10, CIFAR-100 or SVHN files (default: handwritten digits)")
     option("--limit", type=int, help="most training images, and four times the test images; 0: all (default: 1500)")
-    option("--epochs", type=int, help="training epochs of each model (default: 10)")
+    option("--epochs", type=int, help="training epochs of each model (default: 8)")
     option("--depth", type=int, default=DEPTH, help=f"of the trained model, 6n + 4 (default: {DEPTH})")
     option("--width", type=int, default=WIDTH, help=f"its widening factor (default: {WIDTH})")
     option("--batch", type=int, default=64, help="images a training step (default: 64)")

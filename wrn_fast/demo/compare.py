@@ -49,7 +49,7 @@ class Speed:
     @property
     def ratios(self) -> list[float]:
         """Eager's time over the drop-in's, run by run."""
-        return [e / f for e, f in zip(self.eager, self.fast, strict=True)]
+        return [e / f for e, f in zip(self.eager, self.fast)]
 
     @property
     def ratio(self) -> float:

@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from wrn_fast import parity
+from wrn_fast import __version__, machine, parity
+from wrn_fast.backends import cpu
+from wrn_fast.cli import info
 from wrn_fast.demo.compare import Agreement, Speed
 from wrn_fast.demo.train import Epoch
 
@@ -51,16 +54,25 @@ class Results:
         return files
 
 
+def describe(device: torch.device) -> dict[str, Any]:
+    """What the demo runs on, with the backend of each operator for layers of WRN-28-10 in float32."""
+    rows = [row for row in info.choices(device.type, batch=8) if row["dtype"] == "float32"]
+    isa = cpu.isa() if device.type == "cpu" else None
+    return {"wrn_fast": __version__, **machine.head(device), "isa": isa, "layers": rows}
+
+
 def print_machine(results: Results, console: Console) -> None:
     """What this runs on, and who serves each operator."""
     m = results.machine
     isa = f", {m['isa']}" if m["isa"] else ""
-    console.print(f"wrn_fast {m['wrn_fast']} on {m['processor']}{isa}, {m['threads']} threads", highlight=False)
-    console.print(f"torch {m['torch']}, Python {m['python']}, {m['system']}", highlight=False)
-    for name in dict.fromkeys(m["backends"].values()):
-        ops = [op for op, backend in m["backends"].items() if backend == name]
-        console.print(f"  backend {name}: {', '.join(ops)}", highlight=False)
-    for name, reason in m["not_used"].items():
+    console.print(f"wrn_fast {m['wrn_fast']}, torch {m['torch']}, Python {m['python']}", highlight=False)
+    console.print(f"{m['device']}{isa}, {m['threads']} threads", highlight=False)
+    why_not: dict[str, str] = {}
+    for row in m["layers"]:
+        served = ", ".join(f"{op} {backend}" for op, backend in row["uses"].items())
+        console.print(f"  {row['layer']}: {served}", highlight=False)
+        why_not |= row["why_not"]
+    for name, reason in why_not.items():
         console.print(f"  not {name}: {reason}", style="dim", highlight=False, markup=False)
 
 
@@ -153,8 +165,9 @@ def plot(results: Results, file: Path) -> None:
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
-        axis.legend()
     axes[0].set_yscale("log")
+    axes[0].legend(loc="upper right")
+    axes[1].legend(loc="lower right")
     axes[1].yaxis.set_major_formatter(PercentFormatter(1.0))
     if speeds:
         labels = [f"{s.task}\nbatch {s.batch}" for s in speeds]

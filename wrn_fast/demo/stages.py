@@ -15,7 +15,7 @@ from torch import nn
 
 import wrn_fast
 from wrn_fast import reference
-from wrn_fast.demo import compare, data, machine, report
+from wrn_fast.demo import compare, data, report
 from wrn_fast.demo.report import EAGER, FAST
 from wrn_fast.demo.train import train
 from wrn_fast.errors import WrnFastError
@@ -28,7 +28,7 @@ class Demo:
         self.options, self.console = options, console
         self.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         command = shlex.join(["python", "-m", "wrn_fast.demo", *sys.argv[1:]])
-        self.results = report.Results(command, machine.describe(self.device))
+        self.results = report.Results(command, report.describe(self.device))
 
     def run(self) -> None:
         """All stages."""

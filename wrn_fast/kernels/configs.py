@@ -137,7 +137,8 @@ def _stages(config: TileConfig, itemsize: int, arch: Arch) -> TileConfig:
     """As many stages as the budget holds, at least one."""
     alone = config.rows * config.width > _ALONE
     budget = max(arch.budget_bytes, arch.smem_bytes - _EPILOGUE_BYTES) if alone else arch.budget_bytes
-    return replace(config, stages=max(1, min(arch.stages, budget // smem_bytes(config, itemsize))))
+    one = smem_bytes(replace(config, stages=1), itemsize)
+    return replace(config, stages=max(1, min(arch.stages, budget // one)))
 
 
 # Widths of a conv tile to try, widest first, for a problem that does not fill the GPU.
@@ -199,6 +200,33 @@ def _heuristic_wgrad(problem: ConvProblem, arch: Arch) -> TileConfig:
     source = problem.prologue or problem.act != "identity"
     apply = source and size == 2 and problem.R * problem.S > 1 and problem.K >= 128
     return _stages(TileConfig(rows, red, cols, warps, 1, apply, splits), size, arch)
+
+
+# In the order in which `variations` are tried: what decides most comes first.
+KNOBS = ("cols", "rows", "red", "apply", "warps", "stages", "splits")
+
+
+def variations(knob: str, config: TileConfig, op: str, problem: ConvProblem, arch: Arch) -> list[TileConfig]:
+    """The legal tiles that differ from `config` in one knob; where the tile changes, the stages follow by the rule."""
+    columns = problem.C if op == "dgrad" else problem.K
+    source = problem.prologue or problem.act != "identity"
+    choices: dict[str, list] = {
+        "cols": [cut(columns, widest) for widest in (320, 256, 160, 128, 64, 32)],
+        "rows": [32, 64, 128, 256],
+        "red": [16, 32, 64, 128],
+        "apply": [False, True] if source and op != "dgrad" else [config.apply],
+        "warps": [4, 8],
+        "stages": [1, 2, 3, 4, 5],
+        "splits": [max(1, config.splits // 2), config.splits, config.splits * 2] if op == "wgrad" else [1],
+    }
+    found = []
+    for value in dict.fromkeys(choices[knob]):
+        other = replace(config, **{knob: value})
+        if knob in ("cols", "rows", "red"):
+            other = _stages(other, problem.dtype.itemsize, arch)
+        if other != config and legal(other, op, problem, arch):
+            found.append(other)
+    return found
 
 
 def from_row(tile: dict[str, Any]) -> TileConfig:

@@ -47,18 +47,21 @@ def reason(op: str, problem: ConvProblem, config: TileConfig, precision: str, de
 
 
 def check(op: str, problem: ConvProblem, config: TileConfig, precision: str, device: torch.device) -> str | None:
-    """Run the kernel on integers. A sentence that says what was wrong, or None."""
+    """Compile the kernel and run it on integers. A sentence that says what was wrong, or None."""
+    import triton
+
     small, tensors = integers(op, problem, config)
     want = exact(op, small, tensors)
     tensors = {n: v if v is None else v.to(device) for n, v in tensors.items()}
-    got = _run(op, small, config, precision, tensors).cpu()
+    tile = f"{op} with tile {config.rows}x{config.cols[0]}+{config.cols[1]}x{config.red}"
+    try:
+        got = _run(op, small, config, precision, tensors).cpu()
+    except triton.runtime.errors.TritonError as e:
+        return f"{tile} does not compile for this GPU: {e}"
     wrong = int((got != want.to(got.dtype)).sum())
     if not wrong:
         return None
-    return (
-        f"{op} with tile {config.rows}x{config.cols[0]}+{config.cols[1]} is miscompiled on this GPU by this Triton: "
-        f"{wrong} of {got.numel()} integers are wrong"
-    )
+    return f"{tile} is miscompiled on this GPU by Triton {triton.__version__}: {wrong} of {got.numel()} integers are wrong"
 
 
 def integers(op: str, problem: ConvProblem, config: TileConfig) -> tuple[ConvProblem, dict[str, Tensor | None]]:

@@ -42,6 +42,7 @@ class WgradSpec:
     slope: float
     center: bool
     index64: bool
+    linear: bool  # a step moves every pixel of a tile by the same whole rows, from image to image too
     source: bool
     bn: bool
     act: int
@@ -56,6 +57,8 @@ def _wgrad_kernel(x, dy, slab, affine, pixels, split_steps, spec: tl.constexpr, 
     K: tl.constexpr = spec.K
     TAPS: tl.constexpr = spec.R * spec.S
     IMAGE: tl.constexpr = spec.P * spec.Q
+    EVEN_C: tl.constexpr = C % BLOCK_C == 0
+    EVEN_K: tl.constexpr = K % (COLS0 + COLS1) == 0
     k_tiles: tl.constexpr = (K + COLS0 + COLS1 - 1) // (COLS0 + COLS1)
     tap = tl.program_id(0) % TAPS
     block = tl.program_id(0) // TAPS
@@ -70,27 +73,54 @@ def _wgrad_kernel(x, dy, slab, affine, pixels, split_steps, spec: tl.constexpr, 
         k1 = col + COLS0 + tl.arange(0, COLS1)
         acc1 = tl.zeros((BLOCK_C, COLS1), WIDE)
     p = split * (split_steps * BLOCK_PIXELS) + tl.arange(0, BLOCK_PIXELS)
+    q = p
+    if spec.index64:
+        q = p.to(tl.int64)
+    if spec.linear:
+        row = q // spec.Q
+        j = p % spec.Q * spec.stride + s
+        column = (j >= 0) & (j < spec.W)
+        i = p // spec.Q % spec.P * spec.stride + r
+        a_offset = ((row * spec.stride + r) * spec.W + j)[:, None] * C + c[None, :]
+    d0_offset = q[:, None] * K + k0[None, :]
+    if COLS1 > 0:
+        d1_offset = q[:, None] * K + k1[None, :]
     for _ in tl.range(0, split_steps):
         rows = p < pixels
-        n = p // IMAGE
-        h = (p % IMAGE) // spec.Q * spec.stride + r
-        v = p % spec.Q * spec.stride + s
-        inside = rows & (h >= 0) & (h < spec.H) & (v >= 0) & (v < spec.W)
-        q = p
-        if spec.index64:
-            n = n.to(tl.int64)
-            q = p.to(tl.int64)
-        at = ((n * spec.H + h) * spec.W + v)[:, None] * C + c[None, :]
-        a = tl.load(x + at, mask=inside[:, None] & (c < C)[None, :], other=0.0)
+        if spec.linear:
+            inside = rows & column & (i >= 0) & (i < spec.H)
+        else:
+            n = p // IMAGE
+            h = (p % IMAGE) // spec.Q * spec.stride + r
+            v = p % spec.Q * spec.stride + s
+            inside = rows & (h >= 0) & (h < spec.H) & (v >= 0) & (v < spec.W)
+            if spec.index64:
+                n = n.to(tl.int64)
+            a_offset = ((n * spec.H + h) * spec.W + v)[:, None] * C + c[None, :]
+        if EVEN_C:
+            am = inside[:, None] & (c >= 0)[None, :]
+        else:
+            am = inside[:, None] & (c < C)[None, :]
+        a = tl.load(x + a_offset, mask=am, other=0.0)
         if spec.source:
-            a = prologue(a, inside, c, affine, C, spec.bn, spec.center, spec.act, spec.slope, False, True, spec.select,
+            a = prologue(a, inside, c, affine, C, spec.bn, spec.center, spec.act, spec.slope, EVEN_C, True, spec.select,
                          a.dtype, WIDE)  # fmt: skip
         a = tl.trans(a)
-        d0 = tl.load(dy + q[:, None] * K + k0[None, :], mask=rows[:, None] & (k0 < K)[None, :], other=0.0)
+        if EVEN_K:
+            d0 = tl.load(dy + d0_offset, mask=rows[:, None] & (k0 >= 0)[None, :], other=0.0)
+        else:
+            d0 = tl.load(dy + d0_offset, mask=rows[:, None] & (k0 < K)[None, :], other=0.0)
         acc0 = dot(a, d0, acc0, PREC, WIDE)
         if COLS1 > 0:
-            d1 = tl.load(dy + q[:, None] * K + k1[None, :], mask=rows[:, None] & (k1 < K)[None, :], other=0.0)
+            if EVEN_K:
+                d1 = tl.load(dy + d1_offset, mask=rows[:, None] & (k1 >= 0)[None, :], other=0.0)
+            else:
+                d1 = tl.load(dy + d1_offset, mask=rows[:, None] & (k1 < K)[None, :], other=0.0)
             acc1 = dot(a, d1, acc1, PREC, WIDE)
+        if spec.linear:
+            x += BLOCK_PIXELS // spec.Q * spec.stride * spec.W * C
+            i = (i - r + BLOCK_PIXELS // spec.Q * spec.stride) % (spec.P * spec.stride) + r
+        dy += BLOCK_PIXELS * K
         p += BLOCK_PIXELS
     o = slab + (split.to(tl.int64) * TAPS + tap) * (C * K)
     tl.store(o + c[:, None] * K + k0[None, :], acc0, mask=(c < C)[:, None] & (k0 < K)[None, :])
@@ -137,6 +167,7 @@ def wgrad_spec(problem: ConvProblem, config: TileConfig) -> WgradSpec:
         slope=problem.slope,
         center=centered(problem.dtype),
         index64=problem.index64,
+        linear=(problem.H, problem.W) == (problem.P * problem.stride, problem.Q * problem.stride) and config.red % problem.Q == 0,
         source=source,
         bn=source and problem.prologue,
         act=ACTS[problem.act],

@@ -23,7 +23,7 @@ BACKENDS = ("triton", "cuda")
 OPS = ("fprop", "dgrad", "wgrad")
 DTYPES = ("float16", "bfloat16", "float32")
 HEAD = ("gpu", "arch", "sms", "driver", "cuda", "torch", "triton", "wrn_fast", "date", "command")
-_TILE = {"rows": int, "red": int, "cols": list, "warps": int, "stages": int, "apply": bool, "splits": int}
+TILE = {"rows": int, "red": int, "cols": list, "warps": int, "stages": int, "apply": bool, "splits": int}
 _FOLDER = Path(__file__).parent
 
 
@@ -85,7 +85,7 @@ def validate(value: object) -> dict[Key, dict[str, Any]]:
         for name, choices in (("backend", BACKENDS), ("op", OPS), ("dtype", DTYPES)):
             if row[name] not in choices:
                 raise WrnFastError(f"`row.{name}`: expected one of {', '.join(choices)}, got {row[name]!r}")
-        tile = _fields("tile", row["tile"], _TILE)
+        tile = _fields("tile", row["tile"], TILE)
         if len(tile["cols"]) != 2 or any(type(c) is not int for c in tile["cols"]):
             raise WrnFastError(f"`tile.cols`: expected two widths, got {tile['cols']}")
         rows[Key(*(row[name] for name in Key._fields))] = tile

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from wrn_fast import parity, random, reference
+from wrn_fast import machine, parity, random, reference
 from wrn_fast.errors import WrnFastError
 from wrn_fast.model import WideResNet
-from wrn_fast.verify.report import Report, machine, markdown
+from wrn_fast.verify.report import COLUMNS, Report, Row, markdown
 from wrn_fast.verify.trace import Task, Trace, Tracer, tensors_in
 
-__all__ = ["DTYPES", "Report", "machine", "markdown", "reference_of", "verify"]
+__all__ = ["COLUMNS", "DTYPES", "Report", "Row", "markdown", "misfit", "reference_of", "verify"]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _ACTS: dict[type, str] = {nn.ReLU: "relu", nn.SiLU: "silu", nn.LeakyReLU: "leaky_relu"}
@@ -88,6 +88,7 @@ def verify(
     if not masks:
         _no_dropout(base)
         _no_dropout(plain)
+    _check_fit(base, plain)
     rule = "pooled" if _smooth(plain) else "median"
     first_seed = int(torch.randint(2**31, ())) if first_seed is None else first_seed
     pools: dict[tuple[torch.dtype, str], parity.Pool] = {}
@@ -105,7 +106,7 @@ def verify(
             generator = torch.Generator().manual_seed(seed)
             if randomize:
                 _randomize(base, generator)
-            _same_weights(base, plain)
+            plain.load_state_dict(base.state_dict(), strict=True)
             images = [torch.randn(batch, channels, size, size, generator=generator).double() for _ in range(steps)]
             task = Task(images, seed)
             oracle = _masked(copy.deepcopy(plain).double())
@@ -116,8 +117,7 @@ def verify(
             for dtype in dtypes:
                 wide = dtype if dtype == torch.float64 else torch.float32
                 autocast = dtype if dtype.itemsize == 2 else None
-                eager = _masked(copy.deepcopy(plain).to(dtype=wide, memory_format=torch.channels_last))
-                peer = ran(Tracer(eager, autocast, True, False).run(task))
+                peer = ran(Tracer(_masked(copy.deepcopy(plain).to(wide)), autocast, True, False).run(task))
                 nchw = None
                 if dtype != torch.float64:
                     nchw = ran(Tracer(_masked(copy.deepcopy(plain)), autocast, False, False).run(task))
@@ -134,7 +134,7 @@ def verify(
         "size": size, "steps": steps, "gradients": rule,
     }  # fmt: skip
     cells = tuple(pool.judge() for pool in pools.values())
-    return Report(cells, settings, machine(device), time.perf_counter() - began)
+    return Report(cells, settings, machine.head(device), time.perf_counter() - began)
 
 
 def _check_arguments(seeds: int, dtypes: Sequence[torch.dtype], steps: int, batch: int) -> None:
@@ -158,7 +158,7 @@ def reference_of(model: nn.Module) -> reference.WideResNet:
     """
     if not isinstance(model, reference.WideResNet):
         raise WrnFastError(f"`b`: expected the plain model to compare a {type(model).__name__} with, got None")
-    block = model.block1.layer[0]
+    block: Any = model.block1.layer[0]
     plain = reference.WideResNet(
         6 * len(model.block1.layer) + 4, model.fc.out_features, model.nChannels // 64, block.droprate, head=model.head,
         dropout_in_eval=block.dropout_in_eval, pool=model.pool, act=_ACTS[type(block.relu1)],
@@ -172,7 +172,7 @@ def reference_of(model: nn.Module) -> reference.WideResNet:
 def _title(model: nn.Module) -> str:
     text = f"{type(model).__module__}.{type(model).__qualname__}"
     if isinstance(model, reference.WideResNet):
-        block = model.block1.layer[0]
+        block: Any = model.block1.layer[0]
         text = "wrn_fast.WideResNet" if isinstance(model, WideResNet) else "the reference"
         shape = 6 * len(model.block1.layer) + 4, model.fc.out_features, model.nChannels // 64, block.droprate
         text += f"({', '.join(map(str, shape))}, head={model.head!r}, act={_ACTS[type(block.relu1)]!r})"
@@ -239,11 +239,24 @@ def _randomize(model: nn.Module, generator: torch.Generator) -> None:
             m.running_var.copy_(draw(0.5, 2.0, m.running_var))
 
 
-def _same_weights(base: nn.Module, plain: nn.Module) -> None:
-    try:
-        plain.load_state_dict(base.state_dict(), strict=True)
-    except RuntimeError as error:
-        raise WrnFastError(f"`b`: expected a model that loads a's weights, but {error}") from None
+def misfit(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | None:
+    """What keeps `given` from being loaded strictly where `wanted` is, in one sentence; None if nothing does."""
+    parts = []
+    for verb, names in (("lacks", wanted.keys() - given.keys()), ("has", given.keys() - wanted.keys())):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            parts.append(f"it {verb} {', '.join(sorted(names)[:3])}{more}")
+    for name in sorted(wanted.keys() & given.keys()):
+        if wanted[name].shape != given[name].shape:
+            parts.append(f"{name} is {list(given[name].shape)} for {list(wanted[name].shape)}")
+            break
+    return "; ".join(parts) or None
+
+
+def _check_fit(base: nn.Module, plain: nn.Module) -> None:
+    reason = misfit(plain.state_dict(), base.state_dict())
+    if reason is not None:
+        raise WrnFastError(f"`b`: expected a model that loads the weights of a, got a state_dict where {reason}")
 
 
 def _check_repeats(model: nn.Module, task: Task) -> None:
@@ -275,8 +288,7 @@ def _compare(
         pool.add_errors(float("inf"), 0.0, 0.0)
     elif "/statistics/" in pool.name:
         # Exactly zero is right for the buffers of a layer that forward does not run.
-        pool.add_errors(
-            *(parity.error(t, want) for t in (fast, eager)), None if nchw is None else parity.error(nchw, want)
-        )
+        beside = None if nchw is None else parity.error(nchw, want)
+        pool.add_errors(parity.error(fast, want), parity.error(eager, want), beside)
     else:
         pool.add(fast, eager, want, nchw)

@@ -5,11 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,28 +15,6 @@ from wrn_fast import parity
 from wrn_fast.parity import Cell
 
 COLUMNS = ("quantity", "dtype", "tensors", "worst of them", "err(fast)", "err(eager)", "ratio", "to NCHW", "verdict")
-
-
-def cpu_name() -> str:
-    """The processor's own name, or its architecture where the system does not tell."""
-    file = Path("/proc/cpuinfo")
-    if file.is_file():
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def machine(device: torch.device) -> dict[str, str]:
-    """What the figures depend on, for the head of a report."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    return {
-        "device": f"{name} ({device.type})",
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-    }
 
 
 @dataclass(frozen=True)
@@ -189,18 +164,20 @@ def markdown(data: dict[str, Any]) -> str:
 
 def _section(report: dict[str, Any]) -> Iterable[str]:
     settings = report["settings"]
-    rows = [Row(**{k: math.nan if v is None and k in _FIGURES else v for k, v in r.items()}) for r in report["rows"]]
     yield f"## {settings['candidate']} against {settings['reference']}"
     yield ""
     yield f"{_settings_line(settings)}. " + ", ".join(f"{k} {v}" for k, v in report["machine"].items()) + "."
     yield ""
     yield "| " + " | ".join(COLUMNS) + " |"
     yield "| " + " | ".join("---" for _ in COLUMNS) + " |"
-    for row in rows:
+    for row in map(_row_of, report["rows"]):
         yield "| " + " | ".join(row.text()) + " |"
 
 
-_FIGURES = ("err_fast", "err_eager", "ratio", "bound")
+def _row_of(stored: dict[str, Any]) -> Row:
+    figures = {key: math.nan for key in ("err_fast", "err_eager", "ratio", "bound") if stored[key] is None}
+    return Row(**(stored | figures))
+
 
 _PREFACE = """
 How far the fast path is from the truth, beside how far PyTorch itself is. The oracle is the plain PyTorch model in

@@ -57,7 +57,7 @@ class Tracer:
     Args:
         model: in the dtype and layout to be run in; changed by the run.
         autocast: 16-bit dtype of autocast, or None.
-        channels_last: layout of the images.
+        channels_last: layout of the images; plain models have their filters in it too.
         candidate: the model under test: its inference path and its input gradient with frozen weights are run as well.
             For plain PyTorch these are the same numbers, so they are copied.
     """
@@ -67,6 +67,8 @@ class Tracer:
         self.autocast = autocast
         self.candidate = candidate
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        if not candidate:
+            model.to(memory_format=self.layout)  # type: ignore[call-overload]
         self.weights = dict(model.named_parameters())
         self.dtype = next((w.dtype for w in self.weights.values() if w.dtype.is_floating_point), torch.float32)
         self.device = next((w.device for w in self.weights.values()), torch.device("cpu"))

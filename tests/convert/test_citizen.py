@@ -1,0 +1,334 @@
+"""What people do with a model, done with an accelerated one: compilers, transforms, averaging, attacks, processes."""
+
+import copy
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from convert.networks import FAMILIES, assert_equal, calls, observe, randomised, twins
+from families import family_m, family_ssl, family_x
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from wrn_fast import parity
+from wrn_fast.convert import accelerate, report
+
+DOUBLE = torch.float64
+
+
+def net(rate=0.0, depth=10):
+    return randomised(family_x.WideResNet(depth, 10, 1, rate)).double()
+
+
+def image(n=2):
+    return torch.randn(n, 3, 32, 32, dtype=DOUBLE)
+
+
+@pytest.mark.parametrize(("name", "training"), [("x", False), ("m", True)])
+def test_compiles_whole_with_any_batch_size(name, training):
+    torch._dynamo.reset()
+    found = []
+
+    def backend(graph, inputs):
+        found.append(sum("wrn_fast.fprop" in str(n.target) for n in graph.graph.nodes))
+        return graph
+
+    model = accelerate(randomised(FAMILIES[name]()).double())
+    compiled = torch.compile(copy.deepcopy(model), backend=backend, fullgraph=True, dynamic=True)
+    for n in (2, 3):
+        x = image(n)
+        compiled.train(training)
+        model.train(training)
+        assert parity.error(compiled(x), model(x)) <= parity.FLOAT64
+    for (name, a), b in zip(model.named_buffers(), compiled.buffers()):
+        assert parity.error(b, a) <= parity.FLOAT64, name
+    assert found and set(found) == {12}
+
+
+def test_compiled_training_step_with_aot_autograd():
+    torch._dynamo.reset()
+    model = accelerate(net())
+    compiled, x = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True), image()
+    for m in (model, compiled):
+        m(x).square().sum().backward()
+    for a, b in zip(model.parameters(), compiled.parameters()):
+        assert a.grad is None or parity.error(b.grad, a.grad) <= parity.FLOAT64
+
+
+def test_a_model_compiled_before_is_compiled_again():
+    torch._dynamo.reset()
+    model, x = net().eval(), image()
+    graphs = []
+    compiled = torch.compile(model, backend=lambda g, _: graphs.append(g) or g, fullgraph=True)
+    want = compiled(x)
+    accelerate(compiled)
+    assert parity.error(compiled(x), want) <= parity.FLOAT64
+    assert len(graphs) == 2 and "wrn_fast" in graphs[1].code and "wrn_fast" not in graphs[0].code
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports(strict):
+    model, x = accelerate(net()).eval(), image()
+    program = torch.export.export(model, (x,), strict=strict)
+    assert "wrn_fast.fprop" in str(program.graph)
+    assert parity.error(program.module()(x), model(x)) <= parity.FLOAT64
+
+
+def test_is_traced():
+    model, x = accelerate(net()).eval(), image()
+    assert parity.error(torch.jit.trace(model, x)(x), model(x)) <= parity.FLOAT64
+    assert parity.error(torch.fx.symbolic_trace(model)(x), model(x)) <= parity.FLOAT64
+
+
+def test_functional_call_and_transforms():
+    plain, fast = (m.eval() for m in twins(net()))
+    x = image(3)
+    values = {k: v * 1.5 for k, v in plain.state_dict().items() if v.dtype.is_floating_point}
+    want = torch.func.functional_call(plain, values, (x,))
+    assert parity.error(torch.func.functional_call(fast, values, (x,)), want) <= parity.FLOAT64
+    per_sample = [torch.vmap(torch.func.grad(lambda v, m=m: m(v[None]).square().sum()))(x) for m in (fast, plain)]
+    assert parity.error(*per_sample) <= parity.FLOAT64
+    tangents = [torch.func.jvp(m, (x,), (x,))[1] for m in (fast, plain)]
+    assert parity.error(*tangents) <= parity.FLOAT64
+
+
+def test_second_derivatives():
+    results = []
+    plain, fast = twins(randomised(family_ssl.WideResNet()).double())
+    x = image().requires_grad_()
+    for model in (fast, plain):
+        (g,) = torch.autograd.grad(model(x).square().sum(), [x], create_graph=True)
+        results.append(torch.autograd.grad(g.square().sum(), [x, model.block2.layer[0].conv1.weight]))
+    for got, want in zip(*results):
+        assert parity.error(got, want) <= parity.FLOAT64
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_counts_statistics_as_plain_batchnorm_does(reentrant):
+    results = []
+    x = image()
+    for model in twins(net()):
+        v = x.clone().requires_grad_()
+        y = model.conv1(v)
+        for group in (model.block1, model.block2, model.block3):
+            y = checkpoint(group, y, use_reentrant=reentrant)
+        y.square().sum().backward()
+        grads = {f"gradient {k}": p.grad for k, p in model.named_parameters() if p.grad is not None}
+        results.append({"x": v.grad, **grads, **dict(model.named_buffers())})
+    assert_equal(results[1], results[0])
+    assert results[0]["block1.layer.0.bn1.num_batches_tracked"] == 2
+
+
+def test_averaging_and_update_bn():
+    results = []
+    batches = [image() for _ in range(3)]
+    for model in twins(net()):
+        average = torch.optim.swa_utils.AveragedModel(model)
+        for x in batches:
+            model(x).square().mean().backward()
+            torch.optim.SGD(model.parameters(), 0.1).step()
+            average.update_parameters(model)
+        torch.optim.swa_utils.update_bn(batches, average)
+        results.append({"output": average.eval()(batches[0]).detach(), **average.state_dict()})
+    assert_equal(results[1], results[0])
+    assert calls(lambda: average(batches[0]))["fprop"] == 6
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_fused_optimizer_step_is_seen(make):
+    """Fused optimizers do not move a tensor's version: nothing that is kept of a weight may rely on it."""
+    model = accelerate(randomised(family_x.WideResNet(10, 10, 1)))
+    x = torch.randn(2, 3, 32, 32)
+    model.eval()(x)
+    model.train()(x).square().sum().backward()
+    make(model.parameters(), lr=0.1, fused=True).step()
+    model.eval()
+    fresh = accelerate(family_x.WideResNet(10, 10, 1))
+    fresh.load_state_dict(copy.deepcopy(model.state_dict()))
+    assert torch.equal(model(x), fresh.eval()(x))
+
+
+def test_an_attack_computes_no_weight_gradients():
+    plain, fast = (m.eval() for m in twins(net()))
+    x = image().requires_grad_()
+    grads = []
+
+    def step(model):
+        grads.append(torch.autograd.grad(F.cross_entropy(model(x), torch.tensor([1, 2])), [x])[0])
+
+    counts = calls(lambda: step(fast))
+    step(plain)
+    assert counts["wgrad"] == 0 and counts["dgrad"] >= 6
+    assert parity.error(*grads) <= parity.FLOAT64
+    assert torch.equal(fast(x), fast(x))
+
+
+def test_trades_moves_the_statistics_three_times():
+    results = []
+    x = image()
+    noise = torch.randn_like(x)
+    for model in twins(randomised(FAMILIES["x spare"]()).double()):
+        model.train()
+        for v in (x, x + 0.1 * noise, x):
+            loss = model(v).square().sum()
+        loss.backward()
+        results.append({**dict(model.named_buffers()), **{f"g {k}": p.grad for k, p in model.named_parameters()}})
+    assert_equal(results[1], results[0])
+    assert results[1]["block1.layer.0.bn1.num_batches_tracked"] == 3
+    assert results[1]["g sub_block1.layer.0.conv1.weight"] is None
+
+
+@pytest.mark.parametrize("size", [33, 40, 64])
+def test_other_image_sizes_give_what_the_users_model_gives(size):
+    plain, fast = (m.eval() for m in twins(net()))
+    x = torch.randn(2, 3, size, size, dtype=DOUBLE)
+    assert plain(x).shape[0] == (8 if size == 64 else 2)
+    assert parity.error(fast(x), plain(x)) <= parity.FLOAT64
+
+
+def test_parts_called_one_by_one():
+    plain, fast = (m.eval() for m in twins(net(depth=16)))
+    x, results = image(), []
+    for m in (fast, plain):
+        y = m.conv1(x)
+        seen = [y := group(y) for group in (m.block1, m.block2, m.block3)]
+        results.append([*seen, m.fc(F.avg_pool2d(m.relu(m.bn1(y)), 8).flatten(1))])
+    for got, want in zip(*results):
+        assert parity.error(got, want) <= parity.FLOAT64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_gives_the_users_dtypes_within_the_bound(dtype):
+    pool = parity.Pool("output", dtype)
+    for _ in range(parity.SEEDS):
+        plain, fast = twins(randomised(family_x.WideResNet(16, 10, 1)))
+        x, block_input = torch.randn(2, 3, 32, 32), torch.randn(2, 16, 8, 8)
+        with torch.autocast("cpu", dtype):
+            want, got = plain(x), fast(x)
+            assert plain.block1.layer[0](block_input).dtype == fast.block1.layer[0](block_input).dtype
+        assert got.dtype == want.dtype
+        pool.add(got, want, copy.deepcopy(plain).double()(x.double()))
+    cell = pool.judge()
+    assert cell.ok, cell
+    got.float().square().sum().backward()
+    assert fast.conv1.weight.grad.dtype == torch.float32
+
+
+def test_channels_last_in_gives_the_same():
+    plain, fast = twins(net())
+    x = image().to(memory_format=torch.channels_last)
+    assert_equal(observe(fast, x, True), observe(plain, x, True))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_layout_out_is_layout_in(layout):
+    """Callers view what they get: view(n, -1) of a channels_last map raises."""
+    plain, fast = twins(net(depth=16).to(memory_format=layout))
+    x = image().to(memory_format=layout)
+    for part in ("block1.layer", "block2.layer.0", "block3"):
+        seen = []
+        for model in (plain, fast):
+            handle = model.get_submodule(part).register_forward_hook(lambda m, i, o: seen.append(o.stride()))
+            model(x)
+            handle.remove()
+        assert seen[0] == seen[1]
+
+
+def test_frozen_layers_get_no_gradient():
+    plain, fast = twins(net())
+    for model in (plain, fast):
+        for p in [*model.block1.parameters(), *model.block2.parameters()]:
+            p.requires_grad_(False)
+    x = image()
+    assert_equal(observe(fast, x, True), observe(plain, x, True))
+    counts = calls(lambda: fast(x).sum().backward())
+    assert counts["wgrad"] == 3  # block3: two convolutions and the shortcut
+
+
+def test_several_models_from_several_threads():
+    models = [accelerate(net()).eval() for _ in range(3)]
+    x = image()
+    want, got = [m(x) for m in models], {}
+    threads = [threading.Thread(target=lambda i=i: got.update({i: models[i](x)})) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(got[i], want[i]) for i in range(3))
+
+
+def test_training_resumed_from_a_checkpoint_gives_the_same_curve(tmp_path):
+    def step(model, optimizer):
+        torch.manual_seed(len(losses))
+        x = image()
+        loss = model(x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+
+    def fresh():
+        model = accelerate(family_m.WideResNet(10, 1, 0.3).double())
+        return model, torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, nesterov=True)
+
+    losses = []
+    model, optimizer = fresh()
+    step(model, optimizer)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+    step(model, optimizer)
+    step(model, optimizer)
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    again, optimizer = fresh()
+    again.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    first, losses = losses, losses[:1]
+    step(again, optimizer)
+    step(again, optimizer)
+    assert losses == first
+
+
+def test_sync_batchnorm_is_left_to_its_owner():
+    results, x = [], image()
+    for model in twins(net()):
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        results.append(observe(model, x, True))
+        assert calls(lambda: model(x))["fprop"] == 0
+    assert_equal(results[1], results[0])
+
+
+def test_other_normalisations_are_not_recognised():
+    block = family_x.BasicBlock(16, 16, 1)
+    block.bn1 = nn.SyncBatchNorm(16)
+    accelerate(block)
+    assert type(block) is family_x.BasicBlock and "SyncBatchNorm" in report(block).why[""]
+
+
+def test_distributed_data_parallel_equals_one_process(tmp_path):
+    worker = Path(__file__).with_name("ddp_worker.py")
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = [subprocess.Popen([sys.executable, str(worker), str(r), str(tmp_path)], env=env) for r in range(2)]
+    assert [p.wait(timeout=240) for p in processes] == [0, 0]
+    for name in ("x spare", "ssl", "reference"):
+        torch.manual_seed(0)
+        model = randomised(FAMILIES[name]()).double()
+        x = torch.randn(4, 3, 32, 32, dtype=DOUBLE)
+        state = copy.deepcopy(model.state_dict())
+        want = {}
+        for half in x.split(2):  # each rank has batch statistics of its own; gradients are averaged
+            model.load_state_dict(state)
+            out = model(half)
+            (out[0] if isinstance(out, tuple) else out).square().sum().backward()
+        want = {k: None if p.grad is None else p.grad / 2 for k, p in model.named_parameters()}
+        first, second = (torch.load(tmp_path / f"{name} {r}.pt", weights_only=True) for r in range(2))
+        for key, value in want.items():
+            a, b = first["gradients"][key], second["gradients"][key]
+            if value is None:
+                assert a is None or not a.any(), key
+            else:
+                assert torch.equal(a, b), key
+                assert parity.error(a, value) <= parity.FLOAT64 or not value.any(), key

@@ -1,0 +1,167 @@
+"""Files that someone made to harm: each is refused by a WrnFastError before it runs code or eats memory."""
+
+import io
+import pickle
+import struct
+import tracemalloc
+import zipfile
+
+import pytest
+import torch
+from families import family_x
+
+from wrn_fast import WrnFastError
+from wrn_fast.convert import load_checkpoint
+from wrn_fast.convert.archive import MAX_ENTRIES
+
+STATE = family_x.WideResNet(10, 10, 1).state_dict()
+RAN = []
+
+
+def saved(obj):
+    buffer = io.BytesIO()
+    torch.save(obj, buffer)
+    return buffer.getvalue()
+
+
+def rezipped(data, compression=zipfile.ZIP_STORED, extra=(), change=lambda name, content: (name, content)):
+    """The archive written again, entries changed or added."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w", compression) as new:
+        for name in old.namelist():
+            new.writestr(*change(name, old.read(name)))
+        for name, content in extra:
+            new.writestr(name, content)
+    return out.getvalue()
+
+
+def with_pickle(payload):
+    return rezipped(saved(STATE), change=lambda n, c: (n, payload if n.endswith("data.pkl") else c))
+
+
+class Reduce:
+    def __reduce__(self):
+        return RAN.append, ("ran",)
+
+
+def changed(**tensors):
+    """The state with some tensors replaced."""
+    names = {"fc": "fc.weight", "var": "bn1.running_var", "bias": "fc.bias"}
+    return {**STATE, **{names[k]: v for k, v in tensors.items()}}
+
+
+def nan_in(value):
+    t = STATE["fc.weight"].clone()
+    t[3, 5] = value
+    return t
+
+
+def overlapping():
+    memory = torch.zeros(640)
+    return changed(fc=memory.view(10, 64), bias=memory[630:])
+
+
+def cyclic():
+    loop = {}
+    loop["state_dict"] = loop
+    return loop
+
+
+def bomb():
+    zeros = bytes(64 << 20)
+    return rezipped(saved(STATE), zipfile.ZIP_DEFLATED, [("archive/data/999", zeros)])
+
+
+def lying_size():
+    """A stored entry whose size in the central directory is 64 GiB."""
+    data = bytearray(saved(STATE))
+    at = data.rfind(b"PK\x01\x02")
+    struct.pack_into("<II", data, at + 20, 0xFFFFFFF0, 0xFFFFFFF0)
+    return bytes(data)
+
+
+def flipped_bit():
+    data = bytearray(saved(STATE))
+    at = data.find(STATE["fc.weight"].numpy().tobytes()[:64])
+    data[at + 5] ^= 1
+    return bytes(data)
+
+
+def legacy(claim=None):
+    buffer = io.BytesIO()
+    torch.save(STATE, buffer, _use_new_zipfile_serialization=False)
+    data = buffer.getvalue()
+    numel = STATE["fc.weight"].numel()
+    old = pickle.BININT2 + struct.pack("<H", numel)
+    return data if claim is None else data.replace(old, pickle.BININT + struct.pack("<i", claim), 1)
+
+
+WHOLE = saved(STATE)
+FILES = {
+    "a payload in the pickle": lambda: with_pickle(pickle.dumps(Reduce())),
+    "a global call": lambda: with_pickle(b"cos\nsystem\n(S'true'\ntR."),
+    "a nested pickle": lambda: with_pickle(pickle.dumps({"inner": pickle.dumps(Reduce()), "outer": Reduce()})),
+    "a bare pickle": lambda: pickle.dumps(Reduce()),
+    "an empty file": lambda: b"",
+    "a text file": lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n",
+    "half a file": lambda: WHOLE[: len(WHOLE) // 2],
+    "the last byte missing": lambda: WHOLE[:-1],
+    "a deflate bomb": bomb,
+    "too many entries": lambda: rezipped(WHOLE, extra=[(f"archive/data/x{i}", b"") for i in range(MAX_ENTRIES)]),
+    "an entry outside": lambda: rezipped(WHOLE, extra=[("archive/../../x", b"")]),
+    "an absolute entry": lambda: rezipped(WHOLE, extra=[("/etc/x", b"")]),
+    "sizes beyond the file": lying_size,
+    "a flipped bit": flipped_bit,
+    "an old file that claims more than it has": lambda: legacy(2**31 - 1),
+}
+STATES = {
+    "2^40 elements on 4 bytes": lambda: changed(fc=torch.zeros(1).expand(2**20, 2**20)),
+    "two keys on one storage": lambda: changed(var=STATE["bn1.running_mean"]),
+    "overlapping views": overlapping,
+    "int8": lambda: changed(fc=torch.zeros(10, 64, dtype=torch.int8)),
+    "complex": lambda: changed(fc=torch.zeros(10, 64, dtype=torch.complex64)),
+    "sparse": lambda: changed(fc=torch.zeros(10, 64).to_sparse()),
+    "meta": lambda: changed(fc=torch.zeros(10, 64, device="meta")),
+    "NaN": lambda: changed(fc=nan_in(float("nan"))),
+    "infinity": lambda: changed(fc=nan_in(float("inf"))),
+    "a negative variance": lambda: changed(var=torch.full((64,), -1e-3)),
+    "a wrong shape": lambda: changed(fc=torch.zeros(10, 65)),
+    "a missing key": lambda: {k: v for k, v in STATE.items() if k != "block2.layer.0.bn2.running_var"},
+    "a missing block": lambda: {k: v for k, v in STATE.items() if not k.startswith("block1.")},
+    "a key that is no text": lambda: {**STATE, 7: torch.zeros(1)},
+    "a dict in itself": cyclic,
+    "no dict": lambda: [STATE],
+    "no tensors": lambda: {"state_dict": {"a": 1}},
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_hostile_file_is_refused(name, tmp_path):
+    data = FILES[name]()
+    (tmp_path / "weights.pt").write_bytes(data)
+    RAN.clear()
+    tracemalloc.start()
+    with pytest.raises(WrnFastError, match="`src`: .*[a-z]"):
+        load_checkpoint(tmp_path / "weights.pt")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert not RAN
+    assert peak <= 4 * len(data) + (64 << 20)
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_hostile_dict_is_refused(name):
+    with pytest.raises(WrnFastError, match="`src`: "):
+        load_checkpoint(STATES[name]())
+
+
+@pytest.mark.parametrize("name", ["2^40 elements on 4 bytes", "two keys on one storage", "complex", "NaN"])
+def test_a_hostile_dict_in_a_file_is_refused(name):
+    with pytest.raises(WrnFastError, match="`src`: "):
+        load_checkpoint(saved(STATES[name]()))
+
+
+def test_the_same_files_without_the_harm_load():
+    for data in (WHOLE, rezipped(WHOLE), legacy()):
+        net, _ = load_checkpoint(data)
+        assert torch.equal(net.fc.weight, STATE["fc.weight"])
