@@ -6,7 +6,9 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -15,6 +17,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -127,6 +130,10 @@ def progress_bar(console: Console) -> Progress:
     )  # fmt: skip
 
 
+def _describe(bar: Progress, line: TaskID, name: str, what: str) -> None:
+    bar.update(line, description=f"{name}: {what}")
+
+
 def measure(args: argparse.Namespace, arguments: Sequence[str], console: Console) -> report.Report:
     """Run every case and print it as soon as it is there."""
     begin = time.monotonic()
@@ -144,13 +151,15 @@ def measure(args: argparse.Namespace, arguments: Sequence[str], console: Console
     budget = args.budget if args.budget is not None else None if args.custom else BUDGETS.get(args.preset)
     want_memory = not args.custom and args.device == "cpu" if args.memory is None else args.memory
     rates = {name: timing.matmul_rate(DTYPES[name], args.device) for name in {case.dtype for case in cases}}
-    rows, left_out, figures = [], [], None
+    rows: list[dict[str, Any]] = []
+    left_out: list[dict[str, str]] = []
+    figures = None
     said: set[tuple[str, str]] = set()
     with progress_bar(console) as bar:
         line = bar.add_task("", total=len(cases) + want_memory)
         if want_memory:
             network = Network(28, 10)
-            figures = memory.report(network, 16, lambda what: bar.update(line, description=f"memory: {what}"))
+            figures = memory.report(network, 16, partial(_describe, bar, line, "memory"))
             bar.advance(line)
         for i, case in enumerate(cases):
             left = None if budget is None else budget - (time.monotonic() - begin)
@@ -160,7 +169,7 @@ def measure(args: argparse.Namespace, arguments: Sequence[str], console: Console
             row = run_case(
                 case, peers, args.device, rates[case.dtype], reps=args.reps, seed=args.seed,
                 budget_s=20.0 if left is None else max(0.0, left) / (len(cases) - i) / 3,
-                tick=lambda what, case=case: bar.update(line, description=f"{case.name}: {what}"),
+                tick=partial(_describe, bar, line, case.name),
             )  # fmt: skip
             rows.append(row)
             report.print_row(console, row, said)

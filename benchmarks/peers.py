@@ -52,7 +52,7 @@ def _anything(case: Case, device: str) -> str | None:
 
 
 def _sampled(call: Call, case: Case) -> Call:
-    """For mc_dropout: as many forwards as samples, one after the other as the reference's evaluation, and their mean."""
+    """For mc_dropout: one forward after the other, as the reference is evaluated, and their mean."""
     if case.task != "mc_dropout":
         return call
     return lambda x: torch.stack([call(x)[0] for _ in range(case.samples)]).mean(0)
@@ -66,7 +66,7 @@ def _batched(call: Call, case: Case) -> Call:
 
 
 def _ours(module: nn.Module, x: Tensor, case: Case) -> tuple[Call, nn.Module]:
-    fast = with_weights_of(case.subject.fast().to(x.device), module).to(memory_format=torch.channels_last)
+    fast = with_weights_of(twin(case.subject.fast(), device=x.device, memory_format=torch.channels_last), module)
     return _batched(fast, case), fast
 
 
@@ -208,11 +208,12 @@ class Verdict:
 
 def errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str, float]:
     """Relative L2 error of each quantity; all parameters' gradients are one, the rms over the parameters."""
-    single = {name: parity.error(got[name], want[name]) for name in ("y", "grad x") if name in want and name in got}
-    names = [name for name in want if name not in ("y", "grad x")]
     missing = [name for name in want if name not in got]
     if missing:
         return dict.fromkeys(missing, math.inf)
+    alone = ("y", "grad x")
+    single: dict[str, float] = {name: parity.error(got[name], want[name]) for name in alone if name in want}
+    names = [name for name in want if name not in alone]
     if names:
         single["gradients"] = parity.rms([parity.error(got[name], want[name]) for name in names])
     return single

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers import FAST, PEERS
-from benchmarks.report import summary_line
+from benchmarks.report import figure_of, summary_line
 
 # Okabe and Ito's palette: told apart by colour-blind readers; markers differ as well.
 COLOURS = ("#D55E00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#000000", "#999999")
@@ -42,7 +42,7 @@ def plot(report: dict[str, Any], file: Path) -> None:
             )  # fmt: skip
             seen.add(name)
             if name == FAST:
-                words = f"{variant['ms'] / row['images']:.3g} ms/image, {variant['ratio']:.2f}x"
+                words = f"{figure_of(variant['ms'] / row['images'])} ms/image, {variant['ratio']:.2f}x"
                 axes.annotate(words, (x, y), (0, 9), textcoords="offset points", ha="center", fontsize=8, color=colour)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [row["case"] for row in rows], fontsize=9)
@@ -55,12 +55,9 @@ def plot(report: dict[str, Any], file: Path) -> None:
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel("time as a multiple of the fastest peer's (log scale; left of 1 is faster than every peer)")
     head = report["head"]
-    axes.set_title(
-        f"{summary_line(report)}\n{head.get('gpu', head['cpu'])}, {head['threads']} threads", fontsize=9, loc="left"
-    )
-    axes.legend(
-        loc="upper center", bbox_to_anchor=(0.45, -0.12 - 0.35 / max(1, len(rows))), ncols=4, fontsize=9, frameon=False
-    )
+    title = summary_line(report).replace("; ", "\n")
+    axes.set_title(f"{title}\n{head.get('gpu', head['cpu'])}, {head['threads']} threads", fontsize=9, loc="left")
+    figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=130)
     pyplot.close(figure)

@@ -66,12 +66,17 @@ def refused(rows: list[dict[str, Any]]) -> list[str]:
     return [row["case"] for row in rows if any(a["name"] == FAST and a["refused"] for a in row["missing"])]
 
 
+def figure_of(value: float) -> str:
+    """Three significant digits, never an exponent for large values."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
+
+
 def cells(row: dict[str, Any], variant: dict[str, Any]) -> list[str]:
     """One variant's cells after its name, the same in every kind of table."""
     rate = row["gflop"] / (variant["ms"] / 1e3)
     return [
-        f"{variant['ms']:.3g} ({variant['p20_ms']:.3g}-{variant['p80_ms']:.3g})",
-        f"{variant['ms'] / row['images']:.3g}",
+        f"{figure_of(variant['ms'])} ({figure_of(variant['p20_ms'])}-{figure_of(variant['p80_ms'])})",
+        figure_of(variant["ms"] / row["images"]),
         f"{rate:.0f}",
         f"{100 * rate / row['matmul_gflops']:.0f} %",
         "-" if variant["ratio"] is None else f"{variant['ratio']:.2f}x",
@@ -132,7 +137,7 @@ def print_row(console: Console, row: dict[str, Any], said: set[tuple[str, str]])
         table.add_row(variant["name"], *cells(row, variant), style=style)
     console.print(table)
     if row["optimizer_ms"] is not None:
-        console.print(f"  optimizer apart: SGD step {row['optimizer_ms']:.3g} ms, the same for every variant")
+        console.print(f"  optimizer apart: SGD step {figure_of(row['optimizer_ms'])} ms, the same for every variant")
     if busy > BUSY_CORES:
         console.print(f"  [yellow]other processes used {busy:.1f} cores meanwhile")
     for absent in row["missing"]:
@@ -215,7 +220,9 @@ def markdown(report: Report) -> str:
             lines.append(f"| {' | '.join(f'**{w}**' if variant['name'] == FAST and w else w for w in words)} |")
             case = ""
         if row["optimizer_ms"] is not None:
-            notes.append(f"- {row['case']}: an SGD step takes {row['optimizer_ms']:.3g} ms more, whatever the variant.")
+            notes.append(
+                f"- {row['case']}: an SGD step takes {figure_of(row['optimizer_ms'])} ms more, whatever the variant."
+            )
         for absent in row["missing"]:
             absences.setdefault((absent["name"], absent["reason"]), []).append(row["case"])
     notes += [f"- {name}: {reason} ({'; '.join(cases)})." for (name, reason), cases in absences.items()]

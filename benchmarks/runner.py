@@ -27,7 +27,7 @@ Tick = Callable[[str], None]
 @contextlib.contextmanager
 def no_dropout(module: nn.Module | None) -> Iterator[None]:
     """Dropout probability 0 inside: masks of different generators cannot be compared."""
-    blocks = [m for m in module.modules() if getattr(m, "droprate", 0.0)] if module is not None else []
+    blocks: list[Any] = [m for m in module.modules() if getattr(m, "droprate", 0.0)] if module is not None else []
     rates = [block.droprate for block in blocks]
     for block in blocks:
         block.droprate = 0.0
@@ -44,7 +44,7 @@ def prepare_case(case: Case, device: str, seed: int) -> tuple[nn.Module, Inputs]
     module = case.subject.reference()
     inputs = make_inputs(case, module, seed, "cpu")
     settle(module, inputs.x)
-    return module.to(device), Inputs(*(None if t is None else t.to(device) for t in inputs))
+    return module.to(device), inputs.map(lambda t: t.to(device))
 
 
 def results(variant: Variant) -> dict[str, torch.Tensor]:
@@ -55,7 +55,7 @@ def results(variant: Variant) -> dict[str, torch.Tensor]:
 
 def oracle(case: Case, module: nn.Module, inputs: Inputs) -> dict[str, torch.Tensor]:
     """The results of the reference in float64; those of mc_dropout without dropout are the same for every sample."""
-    wide = Inputs(*(t.double() if t is not None and t.is_floating_point() else t for t in inputs))
+    wide = inputs.map(lambda t: t.double() if t.is_floating_point() else t)
     exact = twin(module, dtype=torch.float64)
     return results(Variant(case, exact, exact, wide, channels_last=False))
 

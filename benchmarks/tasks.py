@@ -22,6 +22,10 @@ class Inputs(NamedTuple):
     labels: Tensor  # networks: the classes of the loss
     dy: Tensor | None  # blocks and layers: the gradient that arrives
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        """Each tensor changed."""
+        return Inputs(change(self.x), change(self.labels), None if self.dy is None else change(self.dy))
+
 
 def make_inputs(case: Case, module: nn.Module, seed: int, device: str) -> Inputs:
     """Random images or activations, labels, and a gradient of y's shape."""
@@ -33,7 +37,12 @@ def make_inputs(case: Case, module: nn.Module, seed: int, device: str) -> Inputs
         with torch.no_grad():
             shape = twin(module, device="meta")(x.to("meta")).shape
         dy = torch.randn(shape, generator=g).to(device)
-    return Inputs(x.to(device), labels.to(device), dy)
+    inputs = Inputs(x.to(device), labels.to(device), dy)
+    if case.is_network or case.amp is None:
+        return inputs
+    # Inside a network a part is fed the 16-bit output of another: values that the dtype has, the oracle's too.
+    amp = case.amp
+    return inputs.map(lambda t: t.to(amp).float() if t.is_floating_point() else t)
 
 
 def set_leaves(module: nn.Module, leaves: str) -> None:
@@ -67,7 +76,10 @@ class Variant:
         self.case, self.task = case, task or TASKS[case.task]
         self.call, self.module = call, module
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.x = inputs.x.contiguous(memory_format=layout)
+        # None in float64, which is the oracle's.
+        self.amp = case.amp if inputs.x.dtype == torch.float32 else None
+        x = inputs.x if case.is_network or self.amp is None else inputs.x.to(self.amp)
+        self.x = x.contiguous(memory_format=layout)
         self.labels = inputs.labels
         self.dy = None if inputs.dy is None else inputs.dy.contiguous(memory_format=layout)
         if module is not None:
@@ -76,11 +88,10 @@ class Variant:
 
     def _forward(self) -> tuple[Tensor, Tensor]:
         """(x, y); x is a leaf that requires a gradient where the task wants one."""
-        amp = self.case.amp if self.x.dtype == torch.float32 else None
         x = self.x.detach()
         if self.task.leaves in ("x", "x+weights") or (self.task.leaves == "all" and not self.case.is_network):
             x.requires_grad_()
-        casting = torch.autocast(x.device.type, dtype=amp) if amp else contextlib.nullcontext()
+        casting = torch.autocast(x.device.type, dtype=self.amp) if self.amp else contextlib.nullcontext()
         with torch.set_grad_enabled(self.task.leaves != "none"), casting:
             y = self.call(x)
         return x, y[0] if isinstance(y, tuple) else y
@@ -127,7 +138,7 @@ def flops(case: Case, module: nn.Module) -> int:
     # Autocast does not know the meta device, and changes no count.
     case = dataclasses.replace(case, dtype="fp32")
     module = twin(module, device="meta")
-    empty = Inputs(*(None if t is None else t.to("meta") for t in make_inputs(case, module, 0, "cpu")))
+    empty = make_inputs(case, module, 0, "cpu").map(lambda t: t.to("meta"))
     task = TASKS[case.task]
     if task.leaves == "x+weights":
         # The counter cannot hook autograd.grad on a leaf; with frozen weights the work asked for is the same.

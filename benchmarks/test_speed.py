@@ -1,15 +1,18 @@
 """The same cases and peers under pytest-benchmark, for watching one of them over time:
 
-    pytest benchmarks/ --benchmark-only --benchmark-autosave -k "layer and wrn_fast"
+    pytest benchmarks/ --benchmark-only --benchmark-autosave -k "layer-160-160 and wrn_fast"
 
 Parity is checked first here too: a variant out of bounds fails.
 """
 
+import re
+from typing import Any
+
 import pytest
 import torch
 
-from benchmarks.cases import BLOCK_TASKS, LAYER_TASKS, network_cases, part_cases
-from benchmarks.peers import PEERS
+from benchmarks.cases import BLOCK_TASKS, LAYER_TASKS, Case, network_cases, part_cases
+from benchmarks.peers import PEERS, Peer
 from benchmarks.runner import build, prepare_case
 
 CASES = [
@@ -21,8 +24,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_speed(benchmark, case, peer):
+@pytest.mark.parametrize("case", CASES, ids=lambda case: re.sub(r"[^\w.]+", "-", case.name))
+def test_speed(benchmark: Any, case: Case, peer: Peer) -> None:
     reason = peer.unsupported(case, DEVICE)
     if reason is not None:
         pytest.skip(reason)
@@ -32,7 +35,7 @@ def test_speed(benchmark, case, peer):
     benchmark.extra_info["parity"] = str(verdicts[peer.name])
     variant = variants[peer.name]
 
-    def run(state):
+    def run(state: Any) -> None:
         variant.run(state)
         if DEVICE == "cuda":
             torch.cuda.synchronize()

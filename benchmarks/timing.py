@@ -15,7 +15,7 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -120,7 +120,7 @@ class Times:
 
 
 def interleave(
-    runnables: dict[str, Runnable],
+    runnables: Mapping[str, Runnable],
     clock: WallClock | CudaClock,
     reps: int = REPS,
     budget_s: float = 0.0,

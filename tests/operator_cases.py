@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wrn_fast import dispatch, parity
 from wrn_fast.functional import bn_act_conv, channel_stats
 from wrn_fast.random import keep_mask
 
@@ -146,3 +148,23 @@ def build(
             values.append(_bn(call.tensors, "_short", scalars["short_eps"], scalars["short_batch_stats"]))
         if dense or all(v.abs().min() > KINK for v in values):
             return call
+
+
+def close(got, want):
+    """Within the bound of float64, tensor by tensor."""
+    got, want = ([v] if isinstance(v, Tensor) else list(v) for v in (got, want))
+    assert len(got) == len(want)
+    return all(parity.error(a, b) <= parity.FLOAT64 for a, b in zip(got, want))
+
+
+def count_calls(monkeypatch):
+    """A Counter of the primitives that a backend is asked for from now on."""
+    counter = collections.Counter()
+    choose = dispatch.choose
+
+    def counted(op, problem):
+        counter[op] += 1
+        return choose(op, problem)
+
+    monkeypatch.setattr(dispatch, "choose", counted)
+    return counter

@@ -115,6 +115,13 @@ def test_the_table_has_every_figure():
     assert "SGD step 12 ms" in printed(report.print_row, made_row(optimizer_ms=12.0), said)
 
 
+@pytest.mark.parametrize(
+    "value, words", [(2012.4, "2012"), (999.7, "1000"), (214.0, "214"), (3.2264, "3.23"), (0.05, "0.05")]
+)
+def test_figures_have_three_digits_and_no_exponent(value, words):
+    assert report.figure_of(value) == words
+
+
 def test_lost_and_left_out_cases_are_said_and_the_summary_is_last():
     text = printed(report.print_end, made_report(made_row("good", 2.0), made_row("bad", 0.5)))
     assert "lost: bad" in text and "left out: WRN-70-16 inference" in text and "0.500x (limit 0.55: met)" in text

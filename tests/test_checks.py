@@ -184,7 +184,7 @@ COMBINATIONS = [
     (
         "residual",
         {"stride": 2, "x_short": None, "w_short": None, "stats_short": None, "gamma_short": None, "beta_short": None},
-    ),  # fmt: skip
+    ),
     ("x", {"pad": [0, 0, 0, 0], "w": torch.randn(K, C, 7, 7)}),
     ("want_y", {"want_y": False}),
     ("want_y", {"want_y": False, "want_stats": False, "act_out": "none"}),
@@ -213,7 +213,7 @@ def test_a_dtype_is_asked_of_filters_and_statistics():
             raw({**bf16, name: bf16[name].to(v)})
         check_blame(name, error)
     double = {k: v.double() if k in ("x", "w", "residual", "x_short", "w_short") else v for k, v in good().items()}
-    with pytest.raises(WrnFastError, match="`stats`: expected torch.float64"):
+    with pytest.raises(WrnFastError, match=r"`stats`: expected torch\.float64"):
         raw(double)
 
 

@@ -132,7 +132,7 @@ def test_environment_narrows_and_the_context_goes_first(backends, monkeypatch):
 
 
 def test_one_name_alone_raises_with_its_reason(backends):
-    with wrn_fast.backend("cuda"), pytest.raises(WrnFastError, match="no backend of cuda .* no GPU here"):
+    with wrn_fast.backend("cuda"), pytest.raises(WrnFastError, match=r"no backend of cuda .* no GPU here"):
         dispatch.choose("fprop", PROBLEM)
 
 

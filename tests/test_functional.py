@@ -60,7 +60,7 @@ def test_second_output_with_folded_batchnorm_and_its_dropout():
 def test_second_output_refuses_what_requires_a_gradient(name):
     call = build({"bias": True})
     leaves = {**call.tensors, **call.leaves(name)}
-    with pytest.raises(WrnFastError, match="`act_out`.*no gradient"):
+    with pytest.raises(WrnFastError, match=r"`act_out`.*no gradient"):
         bn_act_conv(**leaves, act_out="relu")
     with torch.no_grad():
         bn_act_conv(**leaves, act_out="relu")
@@ -70,7 +70,7 @@ def test_statistics_that_require_a_gradient_are_refused():
     """Their gradient would be silently missing."""
     call = build("eval")
     stats = call.tensors["stats"].clone().requires_grad_()
-    with pytest.raises(WrnFastError, match="`stats`.*channel_stats"):
+    with pytest.raises(WrnFastError, match=r"`stats`.*channel_stats"):
         bn_act_conv(**{**call.tensors, "stats": stats})
     with torch.no_grad():
         bn_act_conv(**{**call.tensors, "stats": stats})
@@ -143,7 +143,7 @@ def test_autocast_casts_whatever_activation_is_left_in_float32():
         got = bn_act_conv(**mixed).y
         assert torch.equal(got, bn_act_conv(**call.tensors).y)
     assert got.dtype == torch.bfloat16 and torch.equal(got, bn_act_conv(**low).y)
-    with pytest.raises(WrnFastError, match="`residual`: expected torch.bfloat16"):
+    with pytest.raises(WrnFastError, match=r"`residual`: expected torch\.bfloat16"):
         bn_act_conv(**mixed)
 
 
@@ -163,7 +163,7 @@ def test_autocast_error_is_eagers_own():
         runs = []
         exact = {name: v.double() for name, v in call.tensors.items()}
         for run, tensors, low in (
-            (lambda **v: call.run(**v).y, call.tensors, True),
+            (lambda call=call, **v: call.run(**v).y, call.tensors, True),
             (call.plain, call.tensors, True),
             (call.plain, exact, False),
         ):

@@ -28,9 +28,9 @@ SIDEWAYS = {
     "tuned": {"errors", "problem", "cache"},
     "random": {"errors"},
     "model": {"block", "reference"},
-    "convert": {"block", "model", "reference"},
+    "convert": {"block", "model", "reference", "parity"},
     "parity": {"reference"},
-    "mc": {"block", "model", "convert"},
+    "mc": {"block", "model", "convert", "reference"},
     "verify": set(),
     "cli": {"tune", "verify"},
     "demo": {"cli"},
@@ -40,7 +40,7 @@ NARROW = {"reference": {"errors"}, "kernels": LAYERS[0] | {"packing"}, "dispatch
 # Third-party modules beside torch, and who may import them (at any depth, also inside functions).
 OUTSIDERS = {
     "triton": {"kernels", "backends"},
-    "rich": {"cli", "tune", "demo", "verify"},
+    "rich": {"cli", "tune", "demo", "verify", "mc"},
     "numpy": {"demo", "convert"},
     "matplotlib": {"demo"},
     "sklearn": {"demo"},

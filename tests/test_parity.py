@@ -75,6 +75,9 @@ def test_an_algorithm_has_its_own_bound():
             for _ in range(parity.SEEDS):
                 pool.add_errors(bound * factor, 1e-8)
             assert pool.judge().verdict == verdict
+        pool = parity.Pool("fprop", F64, algorithm=name)
+        pool.add_errors(bound * 0.9, 1e-8)
+        assert pool.judge().verdict == parity.OUT_OF_BOUNDS
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

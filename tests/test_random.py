@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from wrn_fast import parity
 from wrn_fast import random as wrn_random
 from wrn_fast.functional import bn_act_conv
 from wrn_fast.random import draw, dropout, keep_mask, philox4x32, threshold
@@ -134,7 +135,9 @@ def test_backward_drops_what_forward_dropped(at):
 def test_the_operator_drops_by_the_rule(at, dtype):
     x = torch.rand(3, 5, 7, 9, dtype=dtype) + 0.5
     rng = draw(x.device)
-    assert torch.equal(convolution(x, rng, at) != 0, keep_mask(x.shape, rng, 0.4))
+    y, kept = convolution(x, rng, at), keep_mask(x.shape, rng, 0.4)
+    assert torch.equal(y != 0, kept)
+    assert parity.error(y[kept], x[kept].double() / 0.6) <= 2 * parity.UNIT.get(dtype, parity.FLOAT64)
 
 
 def test_manual_seed_and_fork_rng_replay_a_mask_and_checkpoint_its_own():

@@ -164,6 +164,11 @@ def run_block(
     Returns:
         (y [N, K, P, Q] channels_last, stats_y [2, K] or None).
     """
+    return leave_block(parts, x, *enter_block(parts, x, stats), want_stats)
+
+
+def enter_block(parts: BlockParts, x: Tensor, stats: Tensor | None) -> tuple[Prologue, Tensor, Tensor | None]:
+    """The first operator call of a block: (bn1's arguments, h, statistics of h or None)."""
     bn1 = batch_norm(parts.bn1, x, stats)
     first: dict[str, Any] = {"act": "identity"}
     if not parts.conv1_reads_x:
@@ -173,7 +178,14 @@ def run_block(
         p=parts.p if parts.drop_at == "output" else 0.0, drop_at=parts.drop_at,
         want_stats=uses_batch_stats(parts.bn2), **first,
     )  # fmt: skip
-    bn2 = batch_norm(parts.bn2, h, h_stats if h_stats.numel() else None)
+    return bn1, h, h_stats if h_stats.numel() else None
+
+
+def leave_block(
+    parts: BlockParts, x: Tensor, bn1: Prologue, h: Tensor, h_stats: Tensor | None, want_stats: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The second operator call of a block: (y, statistics of y or None)."""
+    bn2 = batch_norm(parts.bn2, h, h_stats)
     bias = parts.conv2.bias
     short: dict[str, Any] = {}
     if parts.shortcut is None:

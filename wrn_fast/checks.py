@@ -174,14 +174,16 @@ def _check_short(problem: ConvProblem, x: Tensor, x_short: Tensor, w_short: Tens
     if w_short is None:
         raise WrnFastError(f"`w_short`: expected [{problem.K}, {x_short.shape[1]}, 1, 1] beside `x_short`, got None")
     check_filter("w_short", w_short, x, x_short.shape[1], (1, 1))
+    if w_short.shape[0] != problem.K:
+        raise WrnFastError(f"`w_short`: expected K={problem.K} as w has, got {list(w_short.shape)}")
     if w_short.dtype != problem.w_dtype:
         raise WrnFastError(f"`w_short`: expected {problem.w_dtype} as w has, got {w_short.dtype}")
     n, _, h, wd = x_short.shape
     st = problem.short_stride
-    got = (n, w_short.shape[0], (h - 1) // st + 1, (wd - 1) // st + 1)
-    want = (problem.N, problem.K, problem.P, problem.Q)
+    got = (n, (h - 1) // st + 1, (wd - 1) // st + 1)
+    want = (problem.N, problem.P, problem.Q)
     if got != want:
-        raise WrnFastError(f"`x_short`: expected its 1x1 convolution to give {list(want)}, got {list(got)}")
+        raise WrnFastError(f"`x_short`: expected N, P, Q of its 1x1 convolution to be {list(want)}, got {list(got)}")
 
 
 def wgrad_problem(

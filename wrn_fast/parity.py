@@ -182,7 +182,8 @@ class Pool:
         name: of the quantity.
         dtype: the dtype under test (that of autocast where the model's own is float32).
         rule: "pooled" (rms) or "median" (gradients of a whole ReLU network).
-        algorithm: a key of `WINOGRAD` if the operator under test may be that: its own bound is allowed as well.
+        algorithm: a key of `WINOGRAD` if the operator under test may be that: its own bound is allowed as well, except
+            in float64, where nothing has fewer multiplications.
     """
 
     name: str
@@ -226,7 +227,7 @@ class Pool:
         summary = _SUMMARY[self.rule]
         fast, eager = summary(self.fast), summary(self.eager)
         bound = FLOAT64 if self.dtype == torch.float64 else RATIO * eager + UNIT[self.dtype]
-        if self.algorithm is not None:
+        if self.algorithm is not None and self.dtype != torch.float64:
             bound = max(bound, WINOGRAD[self.algorithm])
         beyond = self._beyond() if self.rule == "median" else None
         good = fast <= bound or (beyond is not None and beyond < NO_LUCK)

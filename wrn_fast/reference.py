@@ -184,12 +184,16 @@ class WideResNet(nn.Module):
 
     def finish(self, y: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """The head on the last group's output."""
-        if self.head == "classic":
-            y = self.relu(self.bn1(y))
-        feature = F.avg_pool2d(y, 8).view(-1, self.nChannels) if self.pool == "window" else y.mean((2, 3))
+        feature = self.pooled(y)
         if self.head == "classic":
             return self.fc(feature)
         return torch.abs(self.fc(F.normalize(feature, dim=1, p=2))), feature
+
+    def pooled(self, y: Tensor) -> Tensor:
+        """The feature [N, 64k] under the head, from the last group's output."""
+        if self.head == "classic":
+            y = self.relu(self.bn1(y))
+        return F.avg_pool2d(y, 8).view(-1, self.nChannels) if self.pool == "window" else y.mean((2, 3))
 
 
 def check_arguments(depth: int, num_classes: int, widen_factor: int, dropRate: float, head: str, pool: str,

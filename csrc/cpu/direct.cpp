@@ -119,7 +119,7 @@ Buffers lay_out(Parts& parts, const DirectCall& c, const Plan& plan, bool statis
     if (s.prologue.dropout.active && s.W * s.C + VL > b.multipliers_floats) b.multipliers_floats = s.W * s.C + VL;
   }
   if (statistics) b.records = parts.floats(records_floats(c.epilogue, plan.chunks * c.phases * c.phases));
-  b.acc_floats = (plan.chunk_rows * c.out_W + 2) * NR;
+  b.acc_floats = (plan.chunk_rows * c.out_W + RECORD) * NR;
   b.rows = parts.floats(b.chunk_floats * plan.held);
   b.acc = parts.floats(b.acc_floats * c.threads);
   b.multipliers = parts.floats(round_up(b.multipliers_floats, 16) * c.threads);
@@ -138,7 +138,7 @@ void run_panel(const DirectCall& c, const Buffers& b, const float* buffer, int64
   t.pixel_col = c.phases;
   t.k0 = panel * NR;
   t.kn = static_cast<int>(c.out_C - t.k0 < width ? c.out_C - t.k0 : width);
-  t.state = acc + b.acc_floats - 2 * NR;
+  t.state = acc + b.acc_floats - RECORD * NR;
   prefetch_tile(c.epilogue, (image * c.out_H + begin) * c.out_W, c.out_W, static_cast<int>(end - begin),
                 static_cast<int>(c.out_W), t.k0, t.kn);
   for (int row_phase = 0; row_phase < c.phases; ++row_phase)

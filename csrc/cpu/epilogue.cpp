@@ -8,30 +8,26 @@ namespace wrn_fast {
 namespace WRN_ISA {
 namespace {
 
-// Mean and sum of squared deviations of the tile's outputs, which fprop_channels left in acc: taken about the tile's
-// own mean, then merged with those of the strip's earlier tiles (Chan, Golub, LeVeque 1979). A channel with mean 1000
-// and deviation 1 keeps its digits.
+// Adds the tile's outputs, which fprop_channels left in acc, to the strip's sums of (y - pivot) and its square. The
+// pivot is the mean of the strip's first tile, so a channel with mean 1000 and deviation 1 keeps its digits.
 WRN_INLINE void add_moments(const OutTile& t, int c, Vec total) {
-  const float n = static_cast<float>(t.rows * t.cols), before = static_cast<float>(t.before);
-  const Vec inverse = broadcast(1.f / n);
-  Vec mean = total * inverse, residue = zero(), m2 = zero();
-  for (int i = 0; i < t.rows; ++i)
+  const bool more = t.before > 0;
+  const Vec pivot = more ? load(t.state + c) : total * broadcast(1.f / static_cast<float>(t.rows * t.cols));
+  Vec sum = more ? load(t.state + NR + c) : zero(), squares = more ? load(t.state + 2 * NR + c) : zero();
+  for (int i = 0; i < t.rows; ++i) {
+    // Rows first: short chains of additions.
+    Vec row_sum = zero(), row_squares = zero();
     for (int j = 0; j < t.cols; ++j) {
-      const Vec d = load(t.acc + i * t.acc_row + j * t.acc_col + c) - mean;
-      residue += d;
-      m2 = fma(d, d, m2);
+      const Vec d = load(t.acc + i * t.acc_row + j * t.acc_col + c) - pivot;
+      row_sum += d;
+      row_squares = fma(d, d, row_squares);
     }
-  const Vec correction = residue * inverse;
-  mean += correction;
-  m2 = fnma(residue, correction, m2);
-  if (t.before > 0) {
-    const Vec mean_before = load(t.state + c), delta = mean - mean_before;
-    const float share = n / (before + n);
-    mean = fma(delta, broadcast(share), mean_before);
-    m2 += fma(delta * delta, broadcast(before * share), load(t.state + NR + c));
+    sum += row_sum;
+    squares += row_squares;
   }
-  store(t.state + c, mean);
-  store(t.state + NR + c, m2);
+  store(t.state + c, pivot);
+  store(t.state + NR + c, sum);
+  store(t.state + 2 * NR + c, squares);
 }
 
 // y = acc [+ bias + addend] [+ residual], dropout, store, sums, y_act. RARE gathers what few layers use.
@@ -84,6 +80,13 @@ void fprop_tile(const Epilogue& e, const OutTile& t) {
   }
 }
 
+// sum + rest += a, exactly (Knuth's two-sum).
+WRN_INLINE void add_exactly(Vec& sum, Vec& rest, Vec a) {
+  const Vec s = sum + a, part = s - sum;
+  rest += (sum - (s - part)) + (a - part);
+  sum = s;
+}
+
 // g = da * mask * act'(v); sums of g and g * xhat.
 template <class T, Act act, bool SUMS>
 WRN_INLINE void dgrad_channels(const Epilogue& e, const OutTile& t, int c, int n) {
@@ -98,10 +101,17 @@ WRN_INLINE void dgrad_channels(const Epilogue& e, const OutTile& t, int c, int n
   const Vec slope = broadcast(p.slope);
   const Vec rstd = SUMS ? load_upto(a.rstd + k, n) : zero();
   const bool more = SUMS && t.before > 0;
-  Vec sum = more ? load(t.state + c) : zero(), product = more ? load(t.state + NR + c) : zero();
+  Vec sum = zero(), sum_rest = zero(), product = zero(), product_rest = zero();
+  if (more) {
+    sum = load(t.state + c);
+    sum_rest = load(t.state + NR + c);
+    product = load(t.state + 2 * NR + c);
+    product_rest = load(t.state + 3 * NR + c);
+  }
   for (int i = 0; i < t.rows; ++i) {
     const float* acc = t.acc + i * t.acc_row + c;
     const int64_t pixel0 = t.pixel + i * t.pixel_row;
+    Vec row_sum = zero(), row_product = zero();
     for (int j = 0; j < t.cols; ++j) {
       const int64_t at = (pixel0 + j * t.pixel_col) * e.channels + k;
       Vec v = load(acc + j * t.acc_col);
@@ -116,16 +126,22 @@ WRN_INLINE void dgrad_channels(const Epilogue& e, const OutTile& t, int c, int n
           v *= activate_grad<act>(pre, slope);
         if (SUMS) {
           v = rounded(g, v);
-          sum += v;
-          product = fma(v, d * rstd, product);
+          row_sum += v;
+          row_product = fma(v, d * rstd, row_product);
         }
       }
       store_upto(g + at, v, n);
     }
+    if (SUMS) {
+      add_exactly(sum, sum_rest, row_sum);
+      add_exactly(product, product_rest, row_product);
+    }
   }
   if (SUMS) {
     store(t.state + c, sum);
-    store(t.state + NR + c, product);
+    store(t.state + NR + c, sum_rest);
+    store(t.state + 2 * NR + c, product);
+    store(t.state + 3 * NR + c, product_rest);
   }
 }
 
@@ -199,38 +215,39 @@ Epilogue dgrad_epilogue(const DgradArgs& args) {
 void close_strip(const Epilogue& e, int64_t strip, const OutTile& t, int64_t pixels) {
   if (t.k0 == 0) e.counts[strip] = static_cast<float>(pixels);
   if (pixels == 0) return;
-  float* record = e.records + strip * 2 * e.padded + t.k0;
+  float* record = e.records + strip * RECORD * e.padded + t.k0;
   for (int c = 0; c < t.kn; c += VL) {
-    store(record + c, load(t.state + c));
-    store(record + e.padded + c, load(t.state + NR + c));
+    for (int i = 0; i < RECORD; ++i) store(record + i * e.padded + c, load(t.state + i * NR + c));
   }
 }
 
 namespace {
 
-// (mean, M2) of the strips into (mean, variance) of all: the parallel form of Chan, Golub and LeVeque (1979).
+// (pivot, sums about it) of the strips into mean and variance of all (Chan, Golub, LeVeque 1979).
 void merge_statistics(const Epilogue& e, int64_t block, float* stats) {
   double mean[NR] = {}, m2[NR] = {}, total = 0;
-  for (int64_t s = 0; s < e.strips; ++s) {
-    const double weight = static_cast<double>(e.counts[s]);
-    if (weight == 0.) continue;
-    const float* record = e.records + s * 2 * e.padded + block * NR;
-    for (int c = 0; c < NR; ++c) mean[c] += weight * static_cast<double>(record[c]);
-    total += weight;
-  }
-  for (int c = 0; c < NR; ++c) mean[c] /= total;
-  for (int64_t s = 0; s < e.strips; ++s) {
-    const double weight = static_cast<double>(e.counts[s]);
-    if (weight == 0.) continue;
-    const float* record = e.records + s * 2 * e.padded + block * NR;
-    for (int c = 0; c < NR; ++c) {
-      const double d = static_cast<double>(record[c]) - mean[c];
-      m2[c] += static_cast<double>(record[e.padded + c]) + weight * d * d;
+  const auto each_strip = [&](auto f) {
+    for (int64_t s = 0; s < e.strips; ++s) {
+      const double n = static_cast<double>(e.counts[s]);
+      const float* record = e.records + s * RECORD * e.padded + block * NR;
+      if (n > 0) f(n, record, record + e.padded, record + 2 * e.padded);
     }
-  }
+  };
+  each_strip([&](double n, const float* pivot, const float* sum, const float*) {
+    for (int c = 0; c < NR; ++c) mean[c] += n * static_cast<double>(pivot[c]) + static_cast<double>(sum[c]);
+    total += n;
+  });
+  for (int c = 0; c < NR; ++c) mean[c] /= total;
+  each_strip([&](double n, const float* pivot, const float* sum, const float* squares) {
+    for (int c = 0; c < NR; ++c) {
+      const double d = mean[c] - static_cast<double>(pivot[c]);
+      m2[c] += static_cast<double>(squares[c]) - d * (2 * static_cast<double>(sum[c]) - n * d);
+    }
+  });
   for (int c = 0; c < NR && block * NR + c < e.channels; ++c) {
+    const double var = m2[c] / total;
     stats[block * NR + c] = static_cast<float>(mean[c]);
-    stats[e.channels + block * NR + c] = static_cast<float>(m2[c] / total);
+    stats[e.channels + block * NR + c] = static_cast<float>(var < 0. ? 0. : var);
   }
 }
 
@@ -238,10 +255,10 @@ void merge_sums(const Epilogue& e, int64_t block, float* sums) {
   double first[NR] = {}, second[NR] = {};
   for (int64_t s = 0; s < e.strips; ++s) {
     if (e.counts[s] == 0.f) continue;
-    const float* record = e.records + s * 2 * e.padded + block * NR;
+    const float* record = e.records + s * RECORD * e.padded + block * NR;
     for (int c = 0; c < NR; ++c) {
-      first[c] += static_cast<double>(record[c]);
-      second[c] += static_cast<double>(record[e.padded + c]);
+      first[c] += static_cast<double>(record[c]) + static_cast<double>(record[e.padded + c]);
+      second[c] += static_cast<double>(record[2 * e.padded + c]) + static_cast<double>(record[3 * e.padded + c]);
     }
   }
   for (int c = 0; c < NR && block * NR + c < e.channels; ++c) {

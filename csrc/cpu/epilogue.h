@@ -13,6 +13,10 @@
 namespace wrn_fast {
 namespace WRN_ISA {
 
+// Numbers a channel in a strip's record. fprop: pivot, sum of y - pivot, sum of its square, unused. dgrad: sum of g and
+// the rounding errors of that sum, sum of g * xhat and likewise.
+constexpr int RECORD = 4;
+
 struct OutTile {
   float* acc;                // scratch: pixel (i, j), channel c at acc[i * acc_row + j * acc_col + c]
   int64_t acc_row, acc_col;  // floats
@@ -21,7 +25,7 @@ struct OutTile {
   int64_t pixel_row, pixel_col;  // steps, in pixels
   int64_t k0;                    // first channel of the panel
   int kn;                        // channels in the panel that exist
-  float* state;                  // [2][NR] of the strip so far: mean and M2 of y; or sums of g and g*xhat
+  float* state;                  // [RECORD][NR] of the strip so far
   int64_t before;                // pixels of the strip so far; 0: state is not read
 };
 
@@ -29,7 +33,7 @@ struct Epilogue {
   void (*run)(const Epilogue&, const OutTile&);
   int64_t channels;  // of the output: K for fprop, C for dgrad
   int64_t padded;    // channels rounded up to NR: row length of records
-  float* records;    // [strips][2][padded], null when no sums are wanted
+  float* records;    // [strips][RECORD][padded], null when no sums are wanted
   float* counts;     // [strips]: pixels; 0 for a strip without any, whose record is not read
   int64_t strips;
   const FpropArgs* fprop;
@@ -61,11 +65,11 @@ WRN_INLINE void prefetch_tile(const Epilogue& e, int64_t pixel, int64_t pixel_ro
 void close_strip(const Epilogue& e, int64_t strip, const OutTile& tile, int64_t pixels);
 
 WRN_INLINE int64_t records_floats(const Epilogue& e, int64_t strips) {
-  return strips * (2 * e.padded + 1);
+  return strips * (RECORD * e.padded + 1);
 }
 WRN_INLINE void set_records(Epilogue& e, float* records, int64_t strips) {
   e.records = records;
-  e.counts = records ? records + strips * 2 * e.padded : nullptr;
+  e.counts = records ? records + strips * RECORD * e.padded : nullptr;
   e.strips = strips;
 }
 

@@ -1,4 +1,4 @@
-// Filter views, and packing with the Winograd transform G w G^T in double, rounded once.
+// Filter views, and packing with the Winograd transform G w G^T.
 #include "filter.h"
 
 namespace wrn_fast {
@@ -19,58 +19,104 @@ WRN_INLINE float value(const bf16* p) {
   return f;
 }
 
-// taps[r * S + s][lane] of one reduction row; lanes past `lanes` are zero.
+// Reduction rows that are gathered at once, so that every cache line of w is used while it is there.
+constexpr int kRows = 8;
+
+// taps[row][r * S + s][lane] of `rows` reduction rows from `reduce` on; lanes past `lanes` are left alone.
 template <class T>
-WRN_INLINE void gather(const FilterView& f, int64_t first_out, int lanes, int64_t reduce, float (*taps)[NR]) {
+WRN_INLINE void gather(const FilterView& f, int64_t first_out, int lanes, int64_t reduce, int rows, float* taps) {
   const T* base = static_cast<const T*>(f.data) + first_out * f.stride_out + reduce * f.stride_reduce;
-  for (int r = 0; r < f.R; ++r)
-    for (int s = 0; s < f.S; ++s) {
-      const T* p = base + r * f.stride_r + s * f.stride_s;
-      float* t = taps[r * f.S + s];
-      for (int l = 0; l < lanes; ++l) t[l] = value(p + l * f.stride_out);
-      for (int l = lanes; l < NR; ++l) t[l] = 0.f;
+  const int count = f.R * f.S;
+  if (f.stride_out == 1) {
+    for (int row = 0; row < rows; ++row)
+      for (int tap = 0; tap < count; ++tap) {
+        const T* p = base + row * f.stride_reduce + tap / f.S * f.stride_r + tap % f.S * f.stride_s;
+        float* t = taps + (row * count + tap) * NR;
+        for (int l = 0; l < lanes; ++l) t[l] = value(p + l);
+      }
+    return;
+  }
+  for (int l = 0; l < lanes; ++l)
+    for (int row = 0; row < rows; ++row) {
+      const T* p = base + l * f.stride_out + row * f.stride_reduce;
+      float* t = taps + row * count * NR + l;
+      for (int r = 0; r < f.R; ++r)
+        for (int s = 0; s < f.S; ++s, t += NR) *t = value(p + r * f.stride_r + s * f.stride_s);
     }
 }
 
-// Rows of G, one lane at a time. Points 0, +-a, +-b, infinity (M = 4) share their even and odd parts.
-template <int M, class In>
-WRN_INLINE void filter_1d(const In& in, double* o) {
-  const double g0 = in(0), g1 = in(1), g2 = in(2);
+// Rows of G. Points 0, +-a, +-b, infinity (M = 4) share their even and odd parts.
+template <int M>
+WRN_INLINE void filter_1d(const Vec* g, int sg, Vec* o, int so) {
+  const Vec g0 = g[0], g1 = g[sg], g2 = g[2 * sg];
   if constexpr (M == 4) {
     constexpr double a = 0.625, b = 1.5, na = 2 * a * a * (a * a - b * b), nb = 2 * b * b * (b * b - a * a);
-    const double even_a = g0 * (1 / na) + g2 * (a * a / na), odd_a = g1 * (a / na);
-    const double even_b = g0 * (1 / nb) + g2 * (b * b / nb), odd_b = g1 * (b / nb);
-    o[0] = g0 * (1 / (a * a * b * b));
-    o[1] = even_a + odd_a;
-    o[2] = even_a - odd_a;
-    o[3] = even_b + odd_b;
-    o[4] = even_b - odd_b;
-    o[5] = g2;
+    const auto constant = [](double v) { return broadcast(static_cast<float>(v)); };
+    const Vec even_a = fma(constant(a * a / na), g2, constant(1 / na) * g0), odd_a = constant(a / na) * g1;
+    const Vec even_b = fma(constant(b * b / nb), g2, constant(1 / nb) * g0), odd_b = constant(b / nb) * g1;
+    o[0] = constant(1 / (a * a * b * b)) * g0;
+    o[so] = even_a + odd_a;
+    o[2 * so] = even_a - odd_a;
+    o[3 * so] = even_b + odd_b;
+    o[4 * so] = even_b - odd_b;
+    o[5 * so] = g2;
   } else {
-    const double even = 0.5 * (g0 + g2), odd = 0.5 * g1;
+    const Vec half = broadcast(0.5f), even = half * (g0 + g2), odd = half * g1;
     o[0] = g0;
-    o[1] = even + odd;
-    o[2] = even - odd;
-    o[3] = g2;
+    o[so] = even + odd;
+    o[2 * so] = even - odd;
+    o[3 * so] = g2;
   }
 }
 
+// taps [9][NR] -> matrices [(M+2)^2], matrix_stride apart.
 template <int M>
-void transform(const float (*taps)[NR], int width, float* out, int64_t matrix_stride) {
+void transform(const float* taps, int width, float* out, int64_t matrix_stride) {
   constexpr int n = M + 2;
-  double half[n][3][NR];
-  for (int s = 0; s < 3; ++s)
-    for (int l = 0; l < width; ++l) {
-      double o[n];
-      filter_1d<M>([&](int r) { return static_cast<double>(taps[r * 3 + s][l]); }, o);
-      for (int i = 0; i < n; ++i) half[i][s][l] = o[i];
+  for (int l = 0; l < width; l += VL) {
+    Vec half[n * 3];
+#pragma GCC unroll 3
+    for (int s = 0; s < 3; ++s) {
+      Vec g[3];
+#pragma GCC unroll 3
+      for (int r = 0; r < 3; ++r) g[r] = load(taps + (r * 3 + s) * NR + l);
+      filter_1d<M>(g, 1, half + s, 3);
     }
-  for (int i = 0; i < n; ++i)
-    for (int l = 0; l < width; ++l) {
-      double o[n];
-      filter_1d<M>([&](int s) { return half[i][s][l]; }, o);
-      for (int j = 0; j < n; ++j) out[(i * n + j) * matrix_stride + l] = static_cast<float>(o[j]);
+#pragma GCC unroll 6
+    for (int i = 0; i < n; ++i) {
+      Vec o[n];
+      filter_1d<M>(half + i * 3, 1, o, 1);
+#pragma GCC unroll 6
+      for (int j = 0; j < n; ++j) store(out + (i * n + j) * matrix_stride + l, o[j]);
     }
+  }
+}
+
+// Reduction rows [begin, end) of one panel: matrix x, row c at out[x * matrix_stride + (c - begin) * width].
+void pack_rows(int m, const FilterView& f, int64_t panel, int64_t begin, int64_t end, float* out,
+               int64_t matrix_stride) {
+  const int width = panel_vectors(f.out, panel) * VL, count = f.R * f.S;
+  const int64_t first = panel * NR;
+  const int lanes = static_cast<int>(f.out - first < width ? f.out - first : width);
+  alignas(64) float taps[kRows * kTapsMax * NR];
+  if (lanes < width) memset(taps, 0, sizeof taps);
+  for (int64_t c = begin; c < end; c += kRows) {
+    const int rows = static_cast<int>(end - c < kRows ? end - c : kRows);
+    if (f.dtype == DType::f32)
+      gather<float>(f, first, lanes, c, rows, taps);
+    else
+      gather<bf16>(f, first, lanes, c, rows, taps);
+    for (int row = 0; row < rows; ++row, out += width) {
+      const float* t = taps + row * count * NR;
+      if (m == 4)
+        transform<4>(t, width, out, matrix_stride);
+      else if (m == 2)
+        transform<2>(t, width, out, matrix_stride);
+      else
+        for (int tap = 0; tap < count; ++tap)
+          memcpy(out + tap * matrix_stride, t + tap * NR, sizeof(float) * static_cast<size_t>(width));
+    }
+  }
 }
 
 }  // namespace
@@ -95,27 +141,6 @@ int filter_matrices(int m, const FilterView& f) {
 int64_t filter_floats(int m, const FilterView& f) {
   const int64_t last = panel_count(f.out) - 1;
   return filter_matrices(m, f) * f.reduce * (last * NR + panel_vectors(f.out, last) * VL);
-}
-
-void pack_rows(int m, const FilterView& f, int64_t panel, int64_t begin, int64_t end, float* out,
-               int64_t matrix_stride) {
-  const int width = panel_vectors(f.out, panel) * VL;
-  const int64_t first = panel * NR;
-  const int lanes = static_cast<int>(f.out - first < width ? f.out - first : width);
-  float taps[kTapsMax][NR];
-  for (int64_t c = begin; c < end; ++c, out += width) {
-    if (f.dtype == DType::f32)
-      gather<float>(f, first, lanes, c, taps);
-    else
-      gather<bf16>(f, first, lanes, c, taps);
-    if (m == 4)
-      transform<4>(taps, width, out, matrix_stride);
-    else if (m == 2)
-      transform<2>(taps, width, out, matrix_stride);
-    else
-      for (int t = 0; t < f.R * f.S; ++t)
-        memcpy(out + t * matrix_stride, taps[t], sizeof(float) * static_cast<size_t>(width));
-  }
 }
 
 void pack_filter(int m, const FilterView& f, float* out, int threads) {

@@ -33,10 +33,6 @@ WRN_INLINE int64_t panel_floats(int matrices, int64_t reduce) {
   return matrices * reduce * NR;
 }
 
-// Reduction rows [begin, end) of one panel: matrix x, row c at out[x * matrix_stride + (c - begin) * width].
-void pack_rows(int m, const FilterView& f, int64_t panel, int64_t begin, int64_t end, float* out,
-               int64_t matrix_stride);
-
 void pack_filter(int m, const FilterView& f, float* out, int threads);
 
 }  // namespace WRN_ISA

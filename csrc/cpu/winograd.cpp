@@ -71,7 +71,7 @@ Buffers lay_out(Parts& parts, const WinogradCall& call, const Plan& plan, const 
   if (statistics) b.records = parts.floats(records_floats(call.epilogue, strips.count()));
   b.v_floats = matrices * (plan.chunk_strips * in.tile_cols * in.padded + kPlanePad);
   b.products_floats = plan.part_strips * in.tile_cols * matrices * NR;
-  b.tile_floats = call.m * call.m * NR + 2 * NR;
+  b.tile_floats = (call.m * call.m + RECORD) * NR;
   b.input_floats = round_up(input_scratch_floats(call.m, in), 16);
   b.v = parts.floats(b.v_floats * (plan.shared ? 1 : threads));
   b.products = parts.floats(b.products_floats * threads);

@@ -1,4 +1,4 @@
-"""The peer that parity is judged against: the primitives as plain PyTorch does them in the tested dtype, channels_last."""
+"""The peer that parity is judged against: the primitives in plain PyTorch, in the tested dtype and channels_last."""
 
 from __future__ import annotations
 

@@ -21,7 +21,10 @@ pytestmark = pytest.mark.native
 
 CHANNELS = (8, 16, 17, 33, 40, 64)
 # Larger than a chunk of 128 tiles, rows and columns of 4x4 tiles cut by the border.
-LONG = dict(N=5, H=22, W=25, C=40, K=24, pad=(1, 1, 1, 1), prologue=True, act="relu", drop_at="none", act_out="none")
+LONG = {
+    "N": 5, "H": 22, "W": 25, "C": 40, "K": 24, "pad": (1, 1, 1, 1), "prologue": True, "act": "relu",
+    "drop_at": "none", "act_out": "none",
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -43,7 +46,12 @@ def poisoned(monkeypatch):
 def draw(seed: int, dtype: torch.dtype = torch.float32, **fixed) -> oracle.Case:
     """A case that the Winograd kernel takes."""
     rng = random.Random(seed)
-    sizes = dict(H=rng.randint(3, 14), W=rng.randint(3, 14), C=rng.choice(CHANNELS), K=rng.choice((1, 5, 16, 20, 33)))
+    sizes = {
+        "H": rng.randint(3, 14),
+        "W": rng.randint(3, 14),
+        "C": rng.choice(CHANNELS),
+        "K": rng.choice((1, 5, 16, 33)),
+    }
     return oracle.draw(seed, dtype, **{**sizes, "taps": (3, 3), "stride": 1, "short_C": 0, **fixed})
 
 
@@ -164,8 +172,8 @@ def test_float32_filter_beside_bfloat16(seed):
     ],
 )
 def test_when_it_runs(precision, fixed, algo):
-    values = dict(device="cpu", dtype=torch.float32, w_dtype=torch.float32, N=2, H=8, W=8, C=16, K=16, R=3, S=3)
-    problem = ConvProblem(**{**values, "pad": (1, 1, 1, 1), **fixed})
+    sizes = {"N": 2, "H": 8, "W": 8, "C": 16, "K": 16, "R": 3, "S": 3, "pad": (1, 1, 1, 1), **fixed}
+    problem = ConvProblem(device="cpu", dtype=torch.float32, w_dtype=torch.float32, **sizes)
     with wrn_fast.precision.precision(precision):
         assert cpu._plan(problem).wgrad_algo == algo
 

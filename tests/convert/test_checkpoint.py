@@ -86,9 +86,19 @@ CASES = {
     "zoo": (lambda: family_x.WideResNet(16, 10, 1), to_zoo, None, "WRN-16-1, family x"),
     "reference": (lambda: reference.WideResNet(10, 10, 2), same, None, "WRN-10-2, family x, 10 classes, relu, cosine"),
     "dm": (lambda: family_dm.WideResNet(depth=16), same, None, "WRN-16-1, family dm, 10 classes, silu"),
-    "dm relu": (lambda: family_dm.WideResNet(act=nn.ReLU), same, {"act": "relu", "family": "dm"}, "dm, 10 classes, relu"),
+    "dm relu": (
+        lambda: family_dm.WideResNet(act=nn.ReLU),
+        same,
+        {"act": "relu"},
+        "dm, 10 classes, relu",
+    ),
     "ssl": (family_ssl.WideResNet, same, None, "WRN-10-2, family ssl, 10 classes, leaky_relu"),
-    "ssl bias": (lambda: family_ssl.WideResNet(bias=True, eps=1e-3), same, {"eps": 1e-3, "family": "ssl"}, "family ssl"),
+    "ssl bias": (
+        lambda: family_ssl.WideResNet(bias=True, eps=1e-3),
+        same,
+        {"eps": 1e-3},
+        "family ssl",
+    ),
     "m": (lambda: family_m.WideResNet(16, 1), same, None, "WRN-16-1, family m"),
 }
 

@@ -233,7 +233,7 @@ def test_layout_out_is_layout_in(layout):
     for part in ("block1.layer", "block2.layer.0", "block3"):
         seen = []
         for model in (plain, fast):
-            handle = model.get_submodule(part).register_forward_hook(lambda m, i, o: seen.append(o.stride()))
+            handle = model.get_submodule(part).register_forward_hook(lambda m, i, o, seen=seen: seen.append(o.stride()))
             model(x)
             handle.remove()
         assert seen[0] == seen[1]
@@ -297,7 +297,7 @@ def test_sync_batchnorm_is_left_to_its_owner():
     for model in twins(net()):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         results.append(observe(model, x, True))
-        assert calls(lambda: model(x))["fprop"] == 0
+        assert calls(lambda model=model: model(x))["fprop"] == 0
     assert_equal(results[1], results[0])
 
 

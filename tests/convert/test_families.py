@@ -42,7 +42,7 @@ def test_float32_within_the_bound(name):
             if value is None or not value.dtype.is_floating_point or key in vanishing(want):
                 continue
             rule = "median" if key.startswith("gradient") else "pooled"
-            pools.setdefault(key, parity.Pool(key, torch.float32, rule)).add(got[key], eager[key], value)
+            pools.setdefault(key, parity.Pool(key, torch.float32, rule, "f4")).add(got[key], eager[key], value)
     bad = [str(cell) for cell in (pool.judge() for pool in pools.values()) if not cell.ok]
     assert not bad, "\n".join(bad)
 

@@ -111,7 +111,7 @@ def test_hooks_see_plain_tensors():
     for part in ("block2.layer.1", "block2.layer", "block2"):
         seen = []
         for model in (plain, fast):
-            handle = model.get_submodule(part).register_forward_hook(lambda m, i, o: seen.extend([i[0], o]))
+            handle = model.get_submodule(part).register_forward_hook(lambda m, i, o, seen=seen: seen.extend([i[0], o]))
             model(x)
             handle.remove()
         assert parity.error(seen[2], seen[0]) <= parity.FLOAT64 and parity.error(seen[3], seen[1]) <= parity.FLOAT64
@@ -337,14 +337,15 @@ def test_check_wants_an_input_of_the_model():
 def test_require_raises_where_nothing_could_be_done():
     with pytest.raises(WrnFastError, match="at least one residual block"):
         accelerate(nn.Sequential(nn.Linear(2, 2)), require=True)
-    with pytest.raises(WrnFastError, match="`model`: expected a torch.nn.Module"):
+    with pytest.raises(WrnFastError, match=r"`model`: expected a torch\.nn\.Module"):
         accelerate(F.relu)
     assert "no module here" in str(report(nn.Linear(2, 2)))
     assert isinstance(accelerate(family_x.BasicBlock(16, 16, 1), require=True), FastBlock)
 
 
 def test_a_report_prints_what_and_why():
-    model = nn.ModuleDict({"good": net(), "bad": nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3))})
+    bad = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3))
+    model = nn.ModuleDict({"good": net(), "bad": bad})
     assert "call accelerate(model)" in str(report(model))
     found = report(accelerate(model))
     assert len(found.accelerated) == 9 and found.left == ("bad",)

@@ -31,7 +31,9 @@ class Group(nn.Module):
         super().__init__()
         self.layer = nn.Sequential(
             *(
-                BasicBlock(fan_out if i else fan_in, fan_out, 1 if i else stride, activate_first=activate_first, **options)
+                BasicBlock(
+                    fan_out if i else fan_in, fan_out, 1 if i else stride, activate_first=activate_first, **options
+                )
                 for i in range(count)
             )
         )

@@ -41,7 +41,9 @@ class Group(nn.Module):
 
 
 class WideResNet(nn.Module):
-    def __init__(self, depth=10, classes=10, k=1, rate=0.0, *, counts=None, widths=None, spare=False, name="convShortcut"):
+    def __init__(
+        self, depth=10, classes=10, k=1, rate=0.0, *, counts=None, widths=None, spare=False, name="convShortcut"
+    ):
         super().__init__()
         counts = counts or [(depth - 4) // 6] * 3
         w = widths or [16, 16 * k, 32 * k, 64 * k]

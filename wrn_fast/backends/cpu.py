@@ -27,6 +27,8 @@ NAME = "cpu"
 _DTYPES = (torch.float32, torch.bfloat16)
 # Elements below which a second thread costs more than it brings (a parallel region takes 2-3 us).
 _ONE_THREAD_BELOW = 1 << 14
+# A convolution does as many in the time that a pass takes for one element.
+_FLOPS_AN_ELEMENT = 64
 
 _in_child_of_fork = False
 
@@ -101,6 +103,10 @@ def _plan_for(problem: ConvProblem, exactness: str, pin_algo: bool) -> Any:
         short_act=problem.short_act, short_eps=problem.short_eps, act_out=problem.act_out, precision=exactness,
         pin_algo=pin_algo,
     )  # fmt: skip
+
+
+def _conv_threads(problem: ConvProblem) -> int:
+    return threads(problem.flops // _FLOPS_AN_ELEMENT)
 
 
 def threads(elements: int) -> int:
@@ -213,7 +219,7 @@ def fprop(
         packed_short = _packed_short(plan, w_short)
         short_H, short_W = x_short.shape[2:]
     plan.fprop(
-        threads(problem.flops), _ptr(x), _ptr(w), _code(w), _ptr(packed), _ptr(stats), _ptr(gamma), _ptr(beta),
+        _conv_threads(problem), _ptr(x), _ptr(w), _code(w), _ptr(packed), _ptr(stats), _ptr(gamma), _ptr(beta),
         _ptr(bias), _ptr(residual), _ptr(x_short), short_H, short_W, _ptr(w_short), _code(w_short), _ptr(packed_short),
         _ptr(stats_short), _ptr(gamma_short), _ptr(beta_short), _ptr(rng), _ptr(out_scale), _ptr(out_shift), _ptr(y),
         _ptr(stats_y), _ptr(y_act),
@@ -243,7 +249,7 @@ def dgrad(
     sums = torch.empty((2, problem.C)) if problem.want_stats else None
     packed = _packed(plan, w, True)
     plan.dgrad(
-        threads(problem.flops), _ptr(dy), _ptr(x), _ptr(w), _code(w), _ptr(packed), _ptr(stats), _ptr(gamma), _ptr(beta),
+        _conv_threads(problem), _ptr(dy), _ptr(x), _ptr(w), _code(w), _ptr(packed), _ptr(stats), _ptr(gamma), _ptr(beta),
         _ptr(rng), _ptr(g), _ptr(sums),
     )  # fmt: skip
     return g, _absent() if sums is None else sums
@@ -289,7 +295,7 @@ def wgrad(
         return _nhwc(_conv_wgrad(problem, dy, a), problem.w_dtype)
     dw = torch.empty((problem.K, problem.C, problem.R, problem.S), memory_format=torch.channels_last)
     plan.wgrad(
-        threads(problem.flops), _ptr(dy), _ptr(x), _ptr(stats), _ptr(gamma), _ptr(beta), _ptr(rng), _ptr(dw)
+        _conv_threads(problem), _ptr(dy), _ptr(x), _ptr(stats), _ptr(gamma), _ptr(beta), _ptr(rng), _ptr(dw)
     )
     return _nhwc(dw, problem.w_dtype)
 

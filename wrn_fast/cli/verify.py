@@ -6,8 +6,8 @@ import argparse
 import importlib
 import json
 import os
-import pickle
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +17,10 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from wrn_fast import parity, reference
+from wrn_fast.convert import accelerate, archive, load_checkpoint
 from wrn_fast.errors import WrnFastError
 from wrn_fast.model import WideResNet
 from wrn_fast.verify import COLUMNS, DTYPES, Report, markdown, misfit, verify
@@ -27,27 +28,28 @@ from wrn_fast.verify import COLUMNS, DTYPES, Report, markdown, misfit, verify
 NAME = "verify"
 HELP = "parity of the drop-in, or of a model of yours, against plain PyTorch in float64"
 _NAMES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# What docs/parity.md shows: (depth, widen_factor, dropRate, head, act), batch, steps, dtypes.
-PAGE = (
-    ((16, 4, 0.0, "cosine", "relu"), 4, 3, DTYPES),
-    ((16, 2, 0.3, "classic", "silu"), 4, 3, DTYPES),
-    ((28, 10, 0.0, "classic", "relu"), 2, 1, (torch.float32,)),
+BUILT_IN: dict[str, Any] = {"depth": 16, "width": 2, "classes": 10, "head": "cosine", "act": "relu", "dropout": 0.0}
+# What docs/parity.md shows: what differs from BUILT_IN, batch, steps, dtypes.
+PAGE: tuple[tuple[dict[str, Any], int, int, Sequence[torch.dtype]], ...] = (
+    ({"width": 4}, 4, 3, DTYPES),
+    ({"head": "classic", "act": "silu", "dropout": 0.3}, 4, 3, DTYPES),
+    ({"depth": 28, "width": 10, "head": "classic"}, 2, 1, (torch.float32,)),
 )
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     """The model, the work, the output."""
     model = parser.add_argument_group("the built-in pair: wrn_fast.WideResNet against the reference")
-    model.add_argument("--depth", type=int, default=16)
-    model.add_argument("--width", type=int, default=2, help="widening factor (default 2)")
-    model.add_argument("--classes", type=int, default=10)
-    model.add_argument("--head", choices=reference.HEADS, default="cosine")
-    model.add_argument("--act", choices=tuple(reference.ACTS), default="relu", help="silu makes gradients comparable")
-    model.add_argument("--dropout", type=float, default=0.0, help="both drop by the same masks")
-    own = parser.add_argument_group("a model of yours")
-    own.add_argument("--model", metavar="PACKAGE.MODULE:FACTORY", help="the candidate, called without arguments")
-    own.add_argument("--against", metavar="PACKAGE.MODULE:FACTORY", help="its plain PyTorch counterpart")
-    own.add_argument("--checkpoint", metavar="FILE", help="weights to verify with, loaded with weights_only=True")
+    model.add_argument("--depth", type=int, help=f"default {BUILT_IN['depth']}")
+    model.add_argument("--width", type=int, help=f"widening factor, default {BUILT_IN['width']}")
+    model.add_argument("--classes", type=int, help=f"default {BUILT_IN['classes']}")
+    model.add_argument("--head", choices=reference.HEADS, help=f"default {BUILT_IN['head']}")
+    model.add_argument("--act", choices=tuple(reference.ACTS), help="default relu; silu makes gradients comparable")
+    model.add_argument("--dropout", type=float, help="default 0; both drop by the same masks")
+    own = parser.add_argument_group("weights or a model of yours")
+    own.add_argument("--checkpoint", metavar="FILE", help="alone: the network is what its tensors say")
+    own.add_argument("--model", metavar="PACKAGE.MODULE:FACTORY", help="called without arguments, then accelerated")
+    own.add_argument("--against", metavar="PACKAGE.MODULE:FACTORY", help="compare --model as it is with this plain one")
     work = parser.add_argument_group("the work")
     work.add_argument("--dtype", nargs="+", choices=tuple(_NAMES), default=[_short(d) for d in DTYPES])
     work.add_argument("--seeds", type=int, default=parity.SEEDS, help=f"at least {parity.SEEDS}, the default")
@@ -91,23 +93,38 @@ def _device(name: str) -> torch.device:
 
 
 def _models(arguments: argparse.Namespace) -> tuple[nn.Module, nn.Module | None]:
+    """(candidate, its counterpart or None for `reference_of`)."""
     if arguments.against and not arguments.model:
         raise WrnFastError("`--against`: expected beside --model, got it alone")
-    if arguments.model and not arguments.against:
-        raise WrnFastError("`--against`: expected the plain PyTorch counterpart of --model, got none")
-    if arguments.model:
-        candidate = _made("--model", arguments.model)
-    else:
-        candidate = _built_in(
-            arguments.depth, arguments.width, arguments.dropout, arguments.head, arguments.act, arguments.classes,
-            "window" if arguments.size == 32 else "global",
-        )  # fmt: skip
+    if not arguments.model:
+        return _built_in(arguments), None
+    model = _made("--model", arguments.model)
+    plain = _made("--against", arguments.against) if arguments.against else None
     if arguments.checkpoint:
-        load_weights(candidate, Path(arguments.checkpoint))
-    return candidate, _made("--against", arguments.against) if arguments.against else None
+        load_weights(model, Path(arguments.checkpoint))
+    return (accelerate(model, require=True) if plain is None else model), plain
 
 
-def _built_in(depth: int, width: int, dropout: float, head: str, act: str, classes: int, pool: str) -> WideResNet:
+def _built_in(arguments: argparse.Namespace) -> nn.Module:
+    """The drop-in of the options, or what the checkpoint is."""
+    given = {name: getattr(arguments, name) for name in BUILT_IN if getattr(arguments, name) is not None}
+    if not arguments.checkpoint:
+        return _drop_in(pool="window" if arguments.size == 32 else "global", **(BUILT_IN | given))
+    told = {"head": "head", "act": "act", "dropout": "dropRate"}
+    for name in given.keys() - told.keys():
+        raise WrnFastError(f"`--{name}`: expected without --checkpoint, whose tensors say it, got {given[name]}")
+    try:
+        model, loaded = load_checkpoint(arguments.checkpoint, {told[name]: value for name, value in given.items()})
+    except WrnFastError as error:
+        raise WrnFastError(f"`--checkpoint` {arguments.checkpoint}: {error}") from None
+    # What was assumed and what did not fit comes out with the other notes.
+    warnings.warn(str(loaded), stacklevel=2)
+    if isinstance(model, WideResNet) and arguments.size != 32:
+        model.pool = "global"
+    return model
+
+
+def _drop_in(*, depth: int, width: int, classes: int, head: str, act: str, dropout: float, pool: str) -> WideResNet:
     in_eval = head == "cosine"
     return WideResNet(depth, classes, width, dropout, head=head, dropout_in_eval=in_eval, pool=pool, act=act)
 
@@ -133,44 +150,20 @@ def _made(option: str, path: str) -> nn.Module:
 
 
 def load_weights(model: nn.Module, file: Path) -> None:
-    """The file's state_dict into `model`, strictly.
+    """The file's state_dict into a model of the user's, strictly; nothing that the file says is run.
 
     Raises:
-        WrnFastError: no such file, not a plain state_dict, or keys and shapes that are not the model's, each named.
+        WrnFastError: no such file, damaged or hostile, or keys and shapes that are not the model's, each named.
     """
-    weights = read_weights(file)
+    try:
+        weights, _ = archive.state_dict(archive.read(file))
+        archive.check_tensors(weights)
+    except WrnFastError as error:
+        raise WrnFastError(f"`--checkpoint` {file}: {error}") from None
     reason = misfit(model.state_dict(), weights)
     if reason is not None:
-        raise WrnFastError(
-            f"`--checkpoint`: expected a state_dict of {type(model).__name__}, but in {file.name} {reason}"
-        )
+        raise WrnFastError(f"`--checkpoint` {file}: expected a state_dict of {type(model).__name__}, but {reason}")
     model.load_state_dict(weights, strict=True)
-
-
-def read_weights(file: Path) -> dict[str, Tensor]:
-    """A flat state_dict, read without running anything that the file says."""
-    if not file.is_file():
-        raise WrnFastError(f"`--checkpoint`: no file {file}")
-    try:
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
-    except pickle.UnpicklingError as error:
-        raise WrnFastError(f"`--checkpoint`: {file} holds more than weights, refused: {_first_line(error)}") from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise WrnFastError(f"`--checkpoint`: {file} cannot be read: {_first_line(error)}") from None
-    if not isinstance(found, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
-        held = ", ".join(map(str, list(found)[:5])) if isinstance(found, dict) else type(found).__name__
-        raise WrnFastError(f"`--checkpoint`: expected a state_dict (names to tensors) in {file}, got {held}")
-    return found
-
-
-def _is_zip(file: Path) -> bool:
-    """torch.save's format since 1.6; only that can be mapped into memory."""
-    with file.open("rb") as stream:
-        return stream.read(4) == b"PK\x03\x04"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager
@@ -199,9 +192,10 @@ def _write_page(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], Seq
     if not folder.is_dir():
         raise WrnFastError(f"`--write`: no folder {folder}")
     reports, lines = [], []
-    for (depth, width, dropout, head, act), batch, steps, dtypes in PAGE:
-        candidate = _built_in(depth, width, dropout, head, act, arguments.classes, "window")
-        with _progress(f"WRN-{depth}-{width}") as progress:
+    for options, batch, steps, dtypes in PAGE:
+        chosen = BUILT_IN | options
+        candidate = _drop_in(pool="window", **chosen)
+        with _progress("WRN-{depth}-{width}".format_map(chosen)) as progress:
             report = verify(
                 candidate, dtypes=dtypes, batch=batch, steps=steps, device=_device(arguments.device),
                 seeds=arguments.seeds, first_seed=arguments.first_seed, progress=progress,

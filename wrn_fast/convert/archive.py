@@ -9,8 +9,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import io
+import itertools
 import os
+import pickle
 import pickletools
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,8 +47,13 @@ def read(src: str | os.PathLike | bytes | BinaryIO) -> Any:
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler and the archive reader raise many kinds
+        if isinstance(error, pickle.UnpicklingError):
+            # its own text advises weights_only=False
+            found = re.search(r"WeightsUnpickler error: ?(.*)", str(error))
+            what = f"({found[1][:120]})" if found else ""
+            raise WrnFastError(f"`src`: the pickle is not one that holds tensors only {what}") from error
         text = str(error).strip().splitlines() or [type(error).__name__]
-        raise WrnFastError(f"`src`: cannot be read as a dict of tensors: {text[0][:200]}") from error
+        raise WrnFastError(f"`src`: cannot be read: {text[0][:200]}") from error
 
 
 def _bytes(src: str | os.PathLike | bytes | BinaryIO) -> bytes:
@@ -171,11 +179,11 @@ def check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
         end = t.storage_offset() + sum((n - 1) * s for n, s in zip(t.shape, t.stride())) + 1 if t.numel() else 0
         if any(s == 0 and n > 1 for n, s in zip(t.shape, t.stride())) or end * t.dtype.itemsize > storage.nbytes():
             raise WrnFastError(f"`src`: {key!r}: {list(t.shape)} in a storage of {storage.nbytes()} bytes")
-        span = (t.storage_offset() * t.dtype.itemsize, end * t.dtype.itemsize, key)
+        span = (int(t.storage_offset()) * t.dtype.itemsize, int(end) * t.dtype.itemsize, key)
         spans.setdefault(storage.data_ptr(), []).append(span)
     for shared in spans.values():
         shared.sort()
-        for (_, end, a), (start, _, b) in zip(shared, shared[1:]):
+        for (_, end, a), (start, _, b) in itertools.pairwise(shared):
             if start < end:
                 raise WrnFastError(f"`src`: {a!r} and {b!r} are the same memory")
     for key, t in tensors.items():

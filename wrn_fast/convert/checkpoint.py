@@ -119,7 +119,9 @@ def infer(names: Names, weights: dict[str, Tensor], options: dict[str, Any], not
             blocks.setdefault(int(match[1]), set()).add(int(match[2]))
     groups = sorted(blocks)
     if groups != list(range(1, len(groups) + 1)) or any(b != set(range(len(b))) for b in blocks.values()):
-        raise WrnFastError(f"`src`: expected blocks numbered without gaps, got {({g: sorted(blocks[g]) for g in groups})}")
+        raise WrnFastError(
+            f"`src`: expected blocks numbered without gaps, got { ({g: sorted(blocks[g]) for g in groups}) }"
+        )
     counts = tuple(len(blocks[g]) for g in groups)
     stem, fc = _need(weights, "conv1.weight", 4), _need(weights, "fc.weight", 2)
     widths = (stem.shape[0], *(_need(weights, f"{g}.0.conv1.weight", 4).shape[0] for g in groups))

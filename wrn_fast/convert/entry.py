@@ -1,4 +1,4 @@
-"""`accelerate`, `restore`, `report`: a user's model, made fast where its blocks are proven to be what they look like."""
+"""`accelerate`, `restore`, `report`: a user's model, made fast where its blocks are what they look like."""
 
 from __future__ import annotations
 

@@ -74,7 +74,10 @@ SCHEMES = (
         "zoo", "x", r"features\.stage1\.unit1\.body\.conv1\.conv\.weight",
         (
             (r"features\.init_block\.(?:conv\.)?(?P<p>\w+)", "conv1.{p}"),
-            (r"features\.stage(?P<g>\d+)\.unit(?P<i>\d+)\.body\.(?P<m>conv[12]\.(?:bn|conv))\.(?P<p>\w+)", "{g}.{i-1}.{m}.{p}"),
+            (
+                r"features\.stage(?P<g>\d+)\.unit(?P<i>\d+)\.body\.(?P<m>conv[12]\.(?:bn|conv))\.(?P<p>\w+)",
+                "{g}.{i-1}.{m}.{p}",
+            ),
             (r"features\.stage(?P<g>\d+)\.unit(?P<i>\d+)\.(?P<m>identity_conv)\.(?P<p>\w+)", "{g}.{i-1}.{m}.{p}"),
             (r"features\.post_activ\.bn\.(?P<p>\w+)", "bn1.{p}"),
             (r"output\.(?P<p>\w+)", "fc.{p}"),

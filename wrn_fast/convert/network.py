@@ -5,6 +5,7 @@ Plain PyTorch; `accelerate` makes it fast as it does any user's model.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -49,11 +50,13 @@ class Plan(NamedTuple):
         return k if k and self.widths == (16, 16 * k, 32 * k, 64 * k) else None
 
     def __str__(self) -> str:
-        size = f"{self.depth}-{self.widen_factor}" if self.depth and self.widen_factor else f"{self.counts}, {self.widths}"
+        size = (
+            f"{self.depth}-{self.widen_factor}" if self.depth and self.widen_factor else f"{self.counts}, {self.widths}"
+        )
         return f"WRN-{size}, family {self.family}, {self.num_classes} classes, {self.act}, {self.head} head"
 
 
-ACTS = {"relu": nn.ReLU, "silu": nn.SiLU, "leaky_relu": lambda: nn.LeakyReLU(0.1)}
+ACTS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU, "leaky_relu": lambda: nn.LeakyReLU(0.1)}
 
 
 class FamilyBlock(nn.Module):

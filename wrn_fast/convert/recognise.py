@@ -29,8 +29,8 @@ _SCENES = (
     ((True, True), (3, 32), False),
     ((False, False), (3, 32), False),
 )
-# BatchNorm's attributes are read at each call.
-_BATCH_NORMS = (nn.BatchNorm2d,)
+# What a Conv2d's forward depends on; a BatchNorm2d's attributes are read at each call.
+_CONV = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 # Operators of the known families, and bookkeeping beside them, by their names in a recording.
 _USUAL = {"convolution", "native_batch_norm", "add", "relu", "leaky_relu", "silu", "sigmoid", "mul"}
 _SILENT = {"input", "part", "foreign", "empty", "empty_like", "zeros_like", "bernoulli", "div", "constant_pad_nd"}
@@ -86,9 +86,10 @@ def _attributes(modules: list[nn.Module | None], everything: bool) -> tuple[tupl
     return tuple(
         (i, name, value)
         for i, module in enumerate(modules, -1)
-        if module is not None and (everything or type(module) not in _BATCH_NORMS)
+        if module is not None and (everything or type(module) is not nn.BatchNorm2d)
         for name, value in module.__dict__.items()
         if name not in _INTERNAL and not name.startswith("_fast") and not isinstance(value, torch.Tensor)
+        if type(module) is not nn.Conv2d or name in _CONV
     )
 
 
@@ -133,8 +134,8 @@ def recognise(block: nn.Module, forward: Any, known: dict[tuple, Recipe]) -> Rec
     try:
         recipe = _Recogniser(block, forward, modules).run(empty)
     except Exception as error:  # a user's forward may raise anything on tensors without data
-        text = str(error).strip().splitlines()
-        recipe = empty._replace(reason=f"its forward cannot be recorded: {type(error).__name__}: {(text or [''])[0][:120]}")
+        text = (str(error).strip().splitlines() or [""])[0][:120]
+        recipe = empty._replace(reason=f"its forward cannot be recorded: {type(error).__name__}: {text}")
     if key is not None:
         known[key] = recipe
     return recipe
@@ -162,7 +163,8 @@ class _Recogniser:
         def forward(x: torch.Tensor) -> Any:
             return self.forward(self.twin, x)
 
-        users, lines = [], []
+        users: list[Recording] = []
+        lines: list[tuple] = []
         for scene in _SCENES:
             recording = self.record(forward, *scene)
             if isinstance(recording, str):
@@ -191,24 +193,22 @@ class _Recogniser:
                 "expected 2 BatchNorm2d, 2 3x3 and at most 1 1x1 convolution, "
                 f"found {len(norms)}, {len(threes)} and {len(ones)}"
             )
-        for m in convs:
-            if not plain_conv(m):
-                return f"a convolution is not plain: {type(m).__name__}({m.extra_repr()})"
-        for m in norms:
-            if type(m) is not nn.BatchNorm2d:
-                return f"a normalisation is {type(m).__name__}, not BatchNorm2d"
-        for m in self.modules:
-            if m is not None and "forward" in m.__dict__:
-                return f"the forward of a {type(m).__name__} inside is replaced on the instance"
+        for conv in convs:
+            if not plain_conv(conv):
+                return f"a convolution is not plain: {type(conv).__name__}({conv.extra_repr()})"
+        for norm in norms:
+            if type(norm) is not nn.BatchNorm2d:
+                return f"a normalisation is {type(norm).__name__}, not BatchNorm2d"
+        for module in self.modules:
+            if module is not None and "forward" in module.__dict__:
+                return f"the forward of a {type(module).__name__} inside is replaced on the instance"
         return ""
 
     def shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         n, side = size
         return n, self.channels, side, side
 
-    def record(
-        self, forward: Any, mode: tuple[bool, bool], size: tuple[int, int], backward: bool
-    ) -> Recording | str:
+    def record(self, forward: Any, mode: tuple[bool, bool], size: tuple[int, int], backward: bool) -> Recording | str:
         set_flags(self.twin, *mode)
         return record(self.book, self.twin, forward, self.shape(size), self.dtype, backward)
 
@@ -256,7 +256,7 @@ class _Recogniser:
             v for v in self.block.__dict__.values() if isinstance(v, float) and 0.0 < v < 1.0
         }
         p = next((r for r in sorted(rates) if 1.0 - r in kept), 1.0 - max(kept))
-        follows: list[str | int] = ["block", "always", *[i for i, m in modules if m.p == p]]
+        follows: list[str | int] = [*[i for i, m in modules if m.p == p], "block", "always"]
         return [Drop(p, at, f) for at in ("prologue", "output") for f in follows]
 
     def pads(self, lines: list[tuple]) -> tuple[tuple, tuple]:

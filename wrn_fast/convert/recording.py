@@ -106,8 +106,8 @@ def skeleton(module: nn.Module) -> nn.Module:
         is_parameter = isinstance(t, nn.Parameter)
         memo[id(t)] = nn.Parameter(m, t.dtype.is_floating_point) if is_parameter else m
     twin = copy.deepcopy(module, memo)
-    for m in twin.modules():
-        for key, value in m.__dict__.items():
+    for inner in twin.modules():
+        for key, value in inner.__dict__.items():
             if key.endswith("_hooks") and hasattr(value, "clear"):
                 value.clear()
     return twin

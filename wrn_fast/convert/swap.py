@@ -26,13 +26,13 @@ class Swapped:
 
     _fast_plain: type  # the user's class; each fast class has its own
 
-    def _plain_class(self) -> type:
+    def _plain_class(self) -> Any:
         # parametrize and fully_shard put a class of their own in front
         return next(c for c in type(self).__mro__ if "_fast_plain" in c.__dict__)._fast_plain  # type: ignore[attr-defined]
 
     def _as_plain(self) -> Any:
         cls = self._plain_class()
-        plain = cls.__new__(cls)
+        plain: Any = cls.__new__(cls)
         plain.__dict__.update({k: v for k, v in self.__dict__.items() if not k.startswith("_fast")})
         return plain
 
@@ -178,5 +178,5 @@ def unswappable(module: nn.Module) -> str:
 
 def recipe_of(module: nn.Module) -> Recipe:
     """What the module is, by recording its class's own forward."""
-    plain = module._plain_class() if isinstance(module, Swapped) else type(module)
+    plain: Any = module._plain_class() if isinstance(module, Swapped) else type(module)
     return recognise(module, plain.forward, _known)

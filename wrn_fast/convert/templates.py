@@ -96,7 +96,7 @@ _KNOWN: dict[tuple[str, float], Function] = {("relu", 0.0): F.relu, ("silu", 0.0
 
 
 def probe(function: type) -> tuple[str, float] | None:
-    """The activation that a custom autograd function is, by its values and derivatives in float64; None for any other."""
+    """The activation that a custom autograd function is, by values and derivatives in float64; None for any other."""
     at = torch.linspace(-8.0, 8.0, 65, dtype=torch.float64).add(0.01).requires_grad_()
     try:
         value = function.apply(at)  # type: ignore[attr-defined]

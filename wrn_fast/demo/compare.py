@@ -22,7 +22,7 @@ PIECES = parity.SEEDS
 class Agreement:
     """Outputs of two models that hold the same weights, on the same images, beside the float64 outputs."""
 
-    moved: str  # from whom to whom the weights went
+    moved: str  # which model, and whose weights went to the other
     tensors: int  # of the state_dict, bit-equal after the move
     images: int
     err_eager: float  # relative L2

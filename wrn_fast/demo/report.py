@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -93,13 +94,20 @@ def conclude(results: Results, folder: Path, console: Console) -> int:
     return 1 if bad else 0
 
 
+def _table(title: str, left: str, *right: str) -> Table:
+    """An empty table narrow enough for 80 columns, its first column flush left."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column(left)
+    for name in right:
+        table.add_column(name, justify="right")
+    return table
+
+
 def curve_table(results: Results) -> Table:
     """Loss, test accuracy and time of each epoch, both models side by side."""
-    table = Table(title=f"{results.model['name']} on {results.data['name']}", title_justify="left")
-    table.add_column("epoch", justify="right")
-    for name in (EAGER, FAST):
-        for what in ("loss", "accuracy", "s"):
-            table.add_column(f"{name}\n{what}", justify="right")
+    title = f"{results.model['name']} on {results.data['name']}: training loss, test accuracy, seconds"
+    columns = [f"{name}\n{what}" for name in (EAGER, FAST) for what in ("loss", "accuracy", "s")]
+    table = _table(title, "epoch", *columns)
     for number in range(results.rounds()):
         row = [str(number + 1)]
         for name in (EAGER, FAST):
@@ -111,33 +119,25 @@ def curve_table(results: Results) -> Table:
 
 def agreement_table(results: Results) -> Table:
     """Do the two models, holding the same weights, say the same?"""
-    table = Table(
-        title="The same weights in both, by state_dict: distance of the outputs to float64", title_justify="left"
-    )
-    table.add_column("model and way of its weights")
-    for name in (EAGER, FAST, "bound", "max diff", "same\npredictions", "verdict"):
-        table.add_column(name, justify="right")
+    title = "The same weights in both, moved by state_dict: distance of the outputs to float64 (relative L2)"
+    table = _table(title, "whose weights", EAGER, FAST, "bound", "max diff", "same class", "verdict")
     for a in results.agreements:
         table.add_row(
-            a.moved, f"{a.err_eager:.2e}", f"{a.err_fast:.2e}", f"{a.bound:.2e}", f"{a.max_difference:.1e}",
-            f"{a.same_predictions} of {a.images}", a.verdict,
+            a.moved, f"{a.err_eager:.1e}", f"{a.err_fast:.1e}", f"{a.bound:.1e}", f"{a.max_difference:.1e}",
+            f"{a.same_predictions}/{a.images}", a.verdict,
         )  # fmt: skip
     return table
 
 
 def speed_table(results: Results) -> Table:
     """Median seconds of both, their ratio and its spread."""
-    table = Table(title="Speed, run in turn: medians, and the ratio's range over the runs", title_justify="left")
-    for name in ("model", "task"):
-        table.add_column(name)
-    for name in ("batch", "runs", f"{EAGER}\nchannels_last", FAST, "times\nfaster", "range"):
-        table.add_column(name, justify="right")
+    title = "Seconds a call, in turn: medians; how many times faster, with the range over the runs"
+    table = _table(title, "task", "batch", f"{EAGER} (channels_last)", FAST, "ratio", "range")
     for s in results.speeds:
         if s.fast:
-            low, high = min(s.ratios), max(s.ratios)
             table.add_row(
-                s.model, s.task, str(s.batch), str(len(s.fast)), f"{statistics.median(s.eager):.3f} s",
-                f"{statistics.median(s.fast):.3f} s", f"{s.ratio:.2f}", f"{low:.2f} to {high:.2f}",
+                f"{s.model} {s.task}", str(s.batch), f"{statistics.median(s.eager):.3f}",
+                f"{statistics.median(s.fast):.3f}", f"{s.ratio:.2f}", f"{min(s.ratios):.2f} to {max(s.ratios):.2f}",
             )  # fmt: skip
     return table
 

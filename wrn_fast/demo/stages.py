@@ -86,6 +86,9 @@ class Demo:
             epochs = train(self.models, self.split, epochs=o.epochs, batch=o.batch, lr=o.lr, seed=o.seed, tick=tick)
             for whose, epoch in epochs:
                 self.results.curves[whose].append(epoch)
+                # A log file shows no bar.
+                if not self.console.is_terminal:
+                    self.console.print(f"{whose}, epoch {len(self.results.curves[whose])}: loss {epoch.loss:.4f}")
         self.console.print(report.curve_table(self.results))
 
     def exchange(self) -> None:
@@ -95,9 +98,9 @@ class Demo:
         self.racers = self.build(*self.options.race)
         name, race_name = self.results.model["name"], self.race_name()
         for source, target, model, count in (
-            (self.models[EAGER], fresh[FAST], f"{name}, {EAGER} -> {FAST}", len(x)),
-            (self.models[FAST], fresh[EAGER], f"{name}, {FAST} -> {EAGER}", len(x)),
-            (self.racers[EAGER], self.racers[FAST], f"{race_name}, {EAGER} -> {FAST}", compare.PIECES),
+            (self.models[EAGER], fresh[FAST], f"{name} {EAGER}'s", len(x)),
+            (self.models[FAST], fresh[EAGER], f"{name} {FAST}'s", len(x)),
+            (self.racers[EAGER], self.racers[FAST], f"{race_name} {EAGER}'s", compare.PIECES),
         ):
             tensors = compare.move(source, target)
             eager, fast = (target, source) if target is fresh[EAGER] else (source, target)

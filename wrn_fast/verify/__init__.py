@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from wrn_fast import machine, parity, random, reference
+from wrn_fast.block import FastBlock
+from wrn_fast.convert import restore
 from wrn_fast.errors import WrnFastError
 from wrn_fast.model import WideResNet
 from wrn_fast.verify.report import COLUMNS, Report, Row, markdown
@@ -55,7 +57,8 @@ def verify(
     Args:
         a: the candidate. Neither model is changed: copies are run.
         b: its plain PyTorch counterpart, whose float64 copy is the oracle and whose own-dtype copy is eager. It takes
-            a's weights by `load_state_dict(strict=True)`. None: the reference of a `wrn_fast.WideResNet`.
+            a's weights by `load_state_dict(strict=True)`. None: `reference_of(a)`, for a
+            `wrn_fast.WideResNet` and for what `accelerate` made fast.
         seeds: how many draws of images, statistics and affine parameters; at least 8 unless float64 is alone.
         dtypes: float32, float64; bfloat16 and float16 are autocast over float32 weights.
         steps: SGD steps with momentum 0.9 and weight decay, at least 1.
@@ -126,7 +129,7 @@ def verify(
                 for name in want:
                     key = (dtype, name)
                     if key not in pools:
-                        pools[key] = parity.Pool(name, dtype, _rule(name, rule))
+                        pools[key] = parity.Pool(name, dtype, _rule(name, rule), _algorithm(name, want[name]))
                     _compare(pools[key], fast.get(name), peer[name], want[name], nchw[name] if nchw else None)
                 _check_outputs(want, fast)
     settings = {
@@ -150,23 +153,29 @@ def _check_arguments(seeds: int, dtypes: Sequence[torch.dtype], steps: int, batc
         raise WrnFastError(f"`steps` and `batch`: expected at least 1, got {steps} and {batch}")
 
 
-def reference_of(model: nn.Module) -> reference.WideResNet:
-    """The plain PyTorch model of a `wrn_fast.WideResNet`: same arguments, same weights.
+def reference_of(model: nn.Module) -> nn.Module:
+    """The plain PyTorch counterpart of a fast model, with the same weights.
+
+    For a `wrn_fast.WideResNet` the reference with its arguments, for an accelerated model a copy with its own forward.
 
     Raises:
-        WrnFastError: `model` is not one, so its counterpart has to be given.
+        WrnFastError: `model` is neither, so its counterpart has to be given.
     """
     if not isinstance(model, reference.WideResNet):
-        raise WrnFastError(f"`b`: expected the plain model to compare a {type(model).__name__} with, got None")
+        plain = restore(copy.deepcopy(model))
+        fast = any(isinstance(m, FastBlock) for m in model.modules())
+        if not fast or any(isinstance(m, FastBlock) for m in plain.modules()):
+            raise WrnFastError(f"`b`: expected the plain model to compare a {type(model).__name__} with, got None")
+        return plain
     block: Any = model.block1.layer[0]
-    plain = reference.WideResNet(
+    built = reference.WideResNet(
         6 * len(model.block1.layer) + 4, model.fc.out_features, model.nChannels // 64, block.droprate, head=model.head,
         dropout_in_eval=block.dropout_in_eval, pool=model.pool, act=_ACTS[type(block.relu1)],
     )  # fmt: skip
-    plain.load_state_dict(model.state_dict(), strict=True)
-    for name, parameter in plain.named_parameters():
+    built.load_state_dict(model.state_dict(), strict=True)
+    for name, parameter in built.named_parameters():
         parameter.requires_grad_(model.get_parameter(name).requires_grad)
-    return plain.train(model.training)
+    return built.train(model.training)
 
 
 def _title(model: nn.Module) -> str:
@@ -176,7 +185,9 @@ def _title(model: nn.Module) -> str:
         text = "wrn_fast.WideResNet" if isinstance(model, WideResNet) else "the reference"
         shape = 6 * len(model.block1.layer) + 4, model.fc.out_features, model.nChannels // 64, block.droprate
         text += f"({', '.join(map(str, shape))}, head={model.head!r}, act={_ACTS[type(block.relu1)]!r})"
-    return text
+    if isinstance(model, WideResNet) or not any(isinstance(m, FastBlock) for m in model.modules()):
+        return text
+    return f"accelerate({text})"
 
 
 def _smooth(model: nn.Module) -> bool:
@@ -189,6 +200,12 @@ def _rule(name: str, gradients: str) -> str:
     """What the sign of one pre-activation can move is judged as gradients are."""
     mode, quantity, _ = name.split("/", 2)
     return gradients if mode == "steps" or "gradient" in quantity else "pooled"
+
+
+def _algorithm(name: str, want: Tensor | None) -> str | None:
+    """A filter's gradient comes straight out of one wgrad, whose own bound holds for it."""
+    filters = want is not None and want.dim() == 4 and not name.endswith("/input")
+    return "wgrad" if filters and "/gradients/" in name else None
 
 
 def _no_dropout(model: nn.Module) -> None:

@@ -1,0 +1,78 @@
+"""Parity on the device: exact integers of every shipped tile, then every primitive, then whole models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+import wrn_fast
+from benchmarks.battery import FAILED, OK, Result, python, result
+from wrn_fast import parity, tune
+from wrn_fast.backends import triton
+from wrn_fast.verify import verify
+
+PRIMITIVES = "tests/backends/test_primitives.py"
+# (depth, width, batch) of the networks whose tiles are proved, and (depth, width) of those that run whole.
+NETWORKS = ((28, 10, 128), (28, 10, 1), (28, 2, 512), (16, 4, 512), (40, 2, 512))
+MODELS = ((16, 4), (28, 10))
+
+
+def steps(dry: bool) -> dict[str, Callable[[float], Result]]:
+    """By name."""
+    if dry:
+        return {
+            "integers WRN-10-1 fp32": partial(integers, (10, 1, 1), "fp32", "cpu"),
+            "primitives float64": partial(primitives, "aten and channel_stats and float64"),
+            "model WRN-10-1": partial(model, (10, 1), (torch.float64,), "cpu"),
+        }
+    found: dict[str, Callable[[float], Result]] = {}
+    for dtype in tune.DTYPES:
+        for depth, width, batch in NETWORKS:
+            found[f"integers WRN-{depth}-{width} batch {batch} {dtype}"] = partial(
+                integers, (depth, width, batch), dtype, "cuda"
+            )
+    for dtype in ("float32", "float16", "bfloat16"):
+        found[f"primitives {dtype}"] = partial(primitives, f"triton and {dtype}")
+    for network in MODELS:
+        for name in (torch.float32, torch.bfloat16, torch.float16):
+            label = str(name).removeprefix("torch.")
+            found[f"model WRN-{network[0]}-{network[1]} {label}"] = partial(model, network, (name,), "cuda")
+    return found
+
+
+def integers(network: tuple[int, int, int], dtype: str, device: str, seconds: float) -> Result:
+    """The self-check of the tile of every layer, bit for bit."""
+    depth, width, batch = network
+    place = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
+    tasks = tune.tasks(depth, width, batch, dtype, device)
+    if device == "cpu":
+        tasks = tasks[:2]
+    wrong = []
+    for op, problem in tasks:
+        sentence = triton.refused_tile(op, problem, triton.config(op, problem, place.index), place)
+        if sentence:
+            wrong.append(sentence)
+    if wrong:
+        return result(FAILED, f"{len(wrong)} of {len(tasks)} tiles: {wrong[0]}", wrong=wrong)
+    return result(OK, f"{len(tasks)} tiles exact")
+
+
+def primitives(expression: str, seconds: float) -> Result:
+    """Every primitive against float64, through the operators: the tests of the repository on this device."""
+    words = ["-m", "pytest", PRIMITIVES, "-k", expression, "-q", "--benchmark-disable", "-p", "no:cacheprovider"]
+    return python(words, seconds, TRITON_INTERPRET="")
+
+
+def model(network: tuple[int, int], dtypes: tuple[torch.dtype, ...], device: str, seconds: float) -> Result:
+    """Outputs, features, gradients, statistics and optimizer steps of a whole model."""
+    small = device == "cpu"
+    fast = wrn_fast.classic(network[0], 10, network[1])
+    with wrn_fast.backend("aten" if small else "triton"):
+        report = verify(
+            fast, seeds=1 if small else parity.SEEDS, dtypes=dtypes, steps=1 if small else 3, batch=2 if small else 8,
+            device=device,
+        )  # fmt: skip
+    worst = report.failed[0] if report.failed else None
+    return result(OK if report.ok else FAILED, str(worst or "every quantity within its bound"), report=report.as_dict())

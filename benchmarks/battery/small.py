@@ -1,0 +1,72 @@
+"""A small run of every kernel, for a sanitizer to watch: `python -m benchmarks.battery.small [cuda|cpu] [what]`.
+
+`all` checks each operator on integers. `reorder` compares two tiles bit for bit, which holds only where a sanitizer has
+put integers in the place of floating-point numbers (Triton's FpSan).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import torch
+
+from wrn_fast import tune
+from wrn_fast.backends import triton
+from wrn_fast.problem import ConvProblem
+
+ACT = {"prologue": True, "affine": True, "act": "relu", "eps": 1e-5}
+
+
+def problems(device: str) -> list[tuple[str, ConvProblem]]:
+    """Odd sizes, both strides, both tap sizes, with and without a prologue."""
+    base = ConvProblem(device, torch.float16, torch.float16, 3, 9, 7, 40, 48, 3, 3, 1, (1, 1, 1, 1))
+    kinds = (base, base._replace(**ACT), base._replace(stride=2, **ACT), base._replace(R=1, S=1, pad=(0,) * 4, **ACT))
+    chosen = kinds if device == "cuda" else kinds[1:2]
+    return [(op, problem) for problem in chosen for op in ("fprop", "dgrad", "wgrad")]
+
+
+def integers(device: str) -> None:
+    """Raises SystemExit where a kernel is wrong."""
+    place = torch.device(device, 0) if device == "cuda" else torch.device(device)
+    for op, problem in problems(device):
+        tile = triton.config(op, problem, place.index)
+        sentence = triton.refused_tile(op, problem, dataclasses.replace(tile, cols=(32, 16)), place)
+        if sentence:
+            sys.exit(sentence)
+    for op in ("channel_stats", "bn_bwd_apply", "dropout"):
+        elementwise(op, place)
+    print(f"{len(problems(device))} convolutions exact on {device}, elementwise kernels run")
+
+
+def elementwise(op: str, place: torch.device) -> None:
+    """One run of a kernel without a tile."""
+    problem = ConvProblem(place.type, torch.float16, torch.float16, 3, 9, 7, 40, 40, 1, 1, p=0.3, drop_at="output")
+    x = torch.randn(3, 40, 9, 7, device=place).half().contiguous(memory_format=torch.channels_last)
+    if op == "channel_stats":
+        triton.channel_stats(problem, x)
+    elif op == "dropout":
+        triton.dropout(problem, x, torch.tensor([1, 2], device=place))
+    else:
+        stats = torch.rand(2, 40, device=place) + 0.5
+        batch = problem._replace(prologue=True, affine=True, batch_stats=True)
+        triton.bn_bwd_apply(batch, x, x, stats, stats[0], stats)
+
+
+def reorder(device: str) -> None:
+    """Two tiles of fprop, which add in different orders."""
+    problem = ConvProblem(device, torch.float16, torch.float16, 2, 8, 8, 64, 64, 3, 3, 1, (1, 1, 1, 1))
+    arguments = tune.tensors("fprop", problem, torch.device(device))
+    tile = triton.config("fprop", problem, 0 if device == "cuda" else None)
+    outputs = [
+        triton.launch("fprop", problem, dataclasses.replace(tile, red=red, cols=cols, stages=1), *arguments)[0]
+        for red, cols in ((32, (64, 0)), (16, (32, 16)))
+    ]
+    if not torch.equal(*outputs):
+        sys.exit("two tiles give different bits")
+    print("two tiles give the same bits")
+
+
+if __name__ == "__main__":
+    device, what = (sys.argv[1:] + ["cuda", "all"])[:2] if len(sys.argv) < 3 else sys.argv[1:3]
+    {"all": integers, "reorder": reorder}[what](device)

@@ -1,0 +1,76 @@
+"""Random problems that a backend serves, and the primitives on them through the operators."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernels import oracle
+
+from wrn_fast import dispatch, ops
+
+# Relu's derivative is a lottery where the pre-activation is within rounding of 0.
+KINK = 1e-5
+ALGORITHM = {"fprop": "f4", "dgrad": "f4", "wgrad": "wgrad"}
+
+
+def device_of(backend):
+    return "cuda" if backend in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
+
+
+def on_device(case, backend):
+    device = device_of(backend)
+    tensors = {name: None if v is None else v.to(device) for name, v in case.tensors.items()}
+    return oracle.Case(case.problem._replace(device=device), tensors)
+
+
+def draw(backend, op, seed, count, dtype, **fixed):
+    """`count` random problems that the backend serves; a skip with its reason where it serves none."""
+    found, reason = [], None
+    for i in range(6 * count):
+        case = on_device(oracle.draw(seed + i, dtype, **fixed), backend)
+        if op == "dgrad" and near_kink(case):
+            continue
+        reason = dispatch.load(backend).unsupported(op, case.problem)
+        if reason is None:
+            found.append(case)
+        if len(found) == count:
+            return found
+    if found:
+        pytest.fail(f"{backend} serves {len(found)} of {6 * count} problems, too few to pool: {reason}")
+    pytest.skip(f"{backend}: {reason}")
+
+
+def near_kink(case):
+    p = case.problem
+    v = oracle.normal(case.x.double(), case.stats, case.gamma, case.beta, p.eps)
+    return p.act in ("relu", "leaky_relu") and bool((v.abs() < KINK).any())
+
+
+# The primitives through the operators.
+
+
+def run_fprop(case, **replaced):
+    t, p = {**case.tensors, **replaced}, case.problem
+    return ops.fprop(
+        *(t.get(name) for name in ops.TENSORS), p.stride, list(p.pad), p.act, p.slope, p.eps, p.batch_stats, p.p,
+        p.drop_at, p.short_stride, p.short_act, p.short_eps, False, p.act_out, p.want_y, p.want_stats,
+    )  # fmt: skip
+
+
+def source_scalars(p):
+    return p.stride, list(p.pad), p.act, p.slope, p.eps, p.p if p.drop_at == "prologue" else 0.0
+
+
+def run_dgrad(case, **replaced):
+    t = {**case.tensors, **replaced}
+    tensors = (t[name] for name in ("dy", "x", "w", "stats", "gamma", "beta", "rng"))
+    return ops.dgrad(*tensors, *source_scalars(case.problem), t["stats"] is not None)
+
+
+def run_wgrad(case, **replaced):
+    t = {**case.tensors, **replaced}
+    tensors = (t[name] for name in ("dy", "x", "stats", "gamma", "beta", "rng"))
+    return (ops.wgrad(*tensors, list(t["w"].shape), t["w"].dtype, *source_scalars(case.problem)),)
+
+
+RUN = {"fprop": run_fprop, "dgrad": run_dgrad, "wgrad": run_wgrad}
