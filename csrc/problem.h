@@ -102,10 +102,11 @@ struct DgradArgs {
     float* sums_g = nullptr;       // [2,C]; null: not wanted
 };
 
-// dw = the gradient of y = conv(prologue(x), w) by w, in Winograd F(3x3,4x4): 3x3 filters at stride 1 only.
+// dw = the gradient of y = conv(prologue(x), w) by w. f4: Winograd F(3x3,4x4), 3x3 at stride 1 only.
 struct WgradArgs {
     ConvShape shape;
     DType dtype = DType::f32;  // of x and dy
+    Algo algo = Algo::f4;
     int threads = 1;
     const void* dy = nullptr;  // [N,P,Q,K]
     const void* x = nullptr;   // [N,H,W,C]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from benchmarks import battery, gpu_battery
 
 ROOT = Path(__file__).parents[1]

@@ -12,12 +12,12 @@ PACKAGE = Path(__file__).resolve().parents[1] / "wrn_fast"
 
 # A module may import lower layers; `SIDEWAYS` are the only steps inside a layer, `NARROW` are tighter than the rule.
 LAYERS = {
-    0: {"errors", "checks", "problem", "tuned", "precision", "random", "setting", "cache", "_build", "machine"},
+    0: {"errors", "checks", "problem", "tuned", "precision", "random", "setting", "steps", "cache", "_build", "machine"},
     1: {"kernels", "packing"},
     2: {"backends"},
     3: {"dispatch"},
     4: {"ops"},
-    5: {"functional"},
+    5: {"functional", "chain"},
     6: {"reference", "block", "model", "convert", "parity", "mc", "graphs"},
     7: {"tune", "verify", "cli", "demo"},
 }
@@ -25,6 +25,7 @@ SIDEWAYS = {
     "checks": {"errors", "problem"},
     "problem": {"errors"},
     "precision": {"errors", "setting"},
+    "steps": {"problem"},
     "tuned": {"errors", "problem", "cache"},
     "random": {"errors"},
     "model": {"block", "reference"},

@@ -315,6 +315,19 @@ def test_two_runs_are_bit_equal():
         assert all(map(torch.equal, runs[0], other))
 
 
+@pytest.mark.parametrize("name", ["dgrad", "wgrad", "bn_bwd_apply", "channel_stats", "dropout"])
+def test_primitives_record_nothing(name):
+    """Only fprop has a gradient; that of another one's inner calls would be wrong and hold memory."""
+    arguments = [
+        v.requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v
+        for v in primitive_arguments(name, "train", torch.float32)
+    ]
+    with wrn_fast.backend("aten"):
+        outputs = getattr(ops, name)(*arguments)
+    for v in [outputs] if isinstance(outputs, Tensor) else outputs:
+        assert v.grad_fn is None or "NotImplemented" in type(v.grad_fn).__name__
+
+
 def test_inputs_stay_as_they_were():
     call = build("everything", torch.float32, dense=True)
     before = {name: v.clone() for name, v in call.tensors.items()}

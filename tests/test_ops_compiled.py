@@ -116,19 +116,18 @@ def fresh_dynamo():
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_compiled_without_graph_breaks_for_any_batch(backend, monkeypatch):
+def test_compiled_without_graph_breaks_for_any_batch(backend):
     """With dropout, whose (seed, offset) the compiled graph draws as eager does where the compiler lets it."""
-    monkeypatch.setattr(torch._inductor.config, "fallback_random", True)
-    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)
     block = Block(p=0.5)
     compiled = torch.compile(block, backend=backend, fullgraph=True, dynamic=True)
-    for n in (2, 3, 5):
-        x = torch.randn(n, 4, 5, 6, dtype=torch.float64)
-        results = []
-        for model in (compiled, block):
-            torch.manual_seed(n)
-            results.append(gradients(model, x))
-        assert close(*results)
+    with torch._inductor.config.patch(fallback_random=True, compile_threads=1):
+        for n in (2, 3, 5):
+            x = torch.randn(n, 4, 5, 6, dtype=torch.float64)
+            results = []
+            for model in (compiled, block):
+                torch.manual_seed(n)
+                results.append(gradients(model, x))
+            assert close(*results)
 
 
 @pytest.mark.usefixtures("fresh_dynamo")

@@ -54,10 +54,14 @@ def test_a_row_serves_its_class_and_no_other(folder):
 
 @pytest.mark.parametrize("pixels, want", [(1, 0), (2, 1), (3, 2), (5, 2), (6, 3), (1448, 10), (1449, 11), (131072, 17)])
 def test_pixels_count_by_the_nearest_power_of_two(pixels, want):
-    assert tuned.key("triton", "fprop", PROBLEM._replace(N=pixels, H=1, W=1, R=1, S=1, pad=(0,) * 4)).pixels_log2 == want
+    assert (
+        tuned.key("triton", "fprop", PROBLEM._replace(N=pixels, H=1, W=1, R=1, S=1, pad=(0,) * 4)).pixels_log2 == want
+    )
 
 
-def test_the_very_gpu_goes_before_its_architecture_and_the_chosen_folder_before_the_cache(folder, tmp_path, monkeypatch):
+def test_the_very_gpu_goes_before_its_architecture_and_the_chosen_folder_before_the_cache(
+    folder, tmp_path, monkeypatch
+):
     cache.write(folder / "a.json", document(row(rows=16), gpu="another of its kind"))
     assert lookup()["rows"] == 16
     cache.write(folder / "b.json", document(row(rows=32)))

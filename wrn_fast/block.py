@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from wrn_fast.chain import run_blocks
 from wrn_fast.functional import bn_act_conv, channel_stats
 
 
@@ -225,6 +226,11 @@ def run_chain(units: Sequence[nn.Module], x: Tensor, stats: Tensor | None = None
     """
     open_units = not _has_any_global_hook()
     parts = [_parts(unit) if open_units else None for unit in units]
+    blocks = [part for part in parts if part is not None]
+    if len(blocks) == len(units):
+        y = run_blocks(blocks, x)
+        if y is not None:
+            return y
     for i, unit in enumerate(units):
         here = parts[i]
         if here is None:

@@ -1,8 +1,8 @@
 """Small JSON files that may be lost at any time: where they lie, and how they are read and written.
 
-`WRN_FAST_CACHE_DIR`, else `wrn_fast` in `XDG_CACHE_HOME` or `~/.cache`. What is found there is data that another process
-may have cut short or another user may have planted: a folder that others own or may write is refused, a file is
-validated by its reader, and a write goes to a temporary file that is renamed. No failure here stops a computation.
+`WRN_FAST_CACHE_DIR`, else `wrn_fast` in `XDG_CACHE_HOME` or `~/.cache`. What is found there is data that another
+process may have cut short or another user may have planted: a folder that others own or may write is refused, a file
+is validated by its reader, and a write goes to a temporary file that is renamed. No failure here stops a computation.
 """
 
 from __future__ import annotations

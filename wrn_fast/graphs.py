@@ -79,7 +79,9 @@ def graphed(model: nn.Module, example: Tensor) -> Graphed:
     gradients = torch.is_grad_enabled() and (example.requires_grad or any(p.requires_grad for p in model.parameters()))
     with _buffers_kept(model):
         if gradients:
-            run = torch.cuda.make_graphed_callables(_Whole(model), (example.detach().clone().requires_grad_(example.requires_grad),), _WARMUP)
+            run = torch.cuda.make_graphed_callables(
+                _Whole(model), (example.detach().clone().requires_grad_(example.requires_grad),), _WARMUP
+            )
         else:
             run = _inference(model, example)
     return Graphed(model, example, run, model.training)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -87,9 +87,9 @@ def mc_predict(
         parts = [_summary(*_sampled(model, _images(batch), samples, budget)) for batch in batches]
     if not parts:
         raise WrnFastError("`x_or_loader`: expected at least one batch, got none")
-    features = None if parts[0].features is None else torch.cat([p.features for p in parts], 1)  # type: ignore[misc]
-    joined = [torch.cat(columns) for columns in list(zip(*parts, strict=True))[:4]]
-    return MCPrediction(*joined, features)
+    mean, variance, entropy, information = (torch.cat([p[i] for p in parts]) for i in range(4))
+    features = None if parts[0].features is None else torch.cat([p.features for p in parts], 1)
+    return MCPrediction(mean, variance, entropy, information, features)
 
 
 def _images(batch: Any) -> Tensor:
@@ -103,7 +103,7 @@ def _tracked(loader: Iterable) -> Iterator:
     """The loader with a progress bar, where there is a terminal to show it."""
     progress = importlib.import_module("rich.progress")
     console = importlib.import_module("rich.console").Console(stderr=True)
-    total = len(loader) if hasattr(loader, "__len__") else None
+    total = len(loader) if isinstance(loader, Sized) else None
     yield from progress.track(
         loader, "Monte-Carlo dropout", total, console=console, disable=not console.is_terminal, transient=True
     )

@@ -76,13 +76,15 @@ def _dense(w: Tensor | None) -> Tensor | None:
 
 
 def _run(op: str, problem: ConvProblem, *tensors: Tensor | None) -> Any:
-    """Calls the chosen backend with autocast off: what to cast was settled before the operator was called."""
+    """Calls the chosen backend with autograd and autocast off: what to cast was settled before the operator was called."""
     module = aten if problem.N == 0 else dispatch.choose(op, problem)
     function = getattr(module, op)
-    if torch.is_autocast_enabled(problem.device):
-        with torch.autocast(problem.device, enabled=False):
-            return function(problem, *tensors)
-    return function(problem, *tensors)
+    # A primitive without a gradient comes here with autograd still on when it is called by hand or by a traced graph.
+    with torch._C._AutoDispatchBelowAutograd():
+        if torch.is_autocast_enabled(problem.device):
+            with torch.autocast(problem.device, enabled=False):
+                return function(problem, *tensors)
+        return function(problem, *tensors)
 
 
 def _fprop(*args: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,7 +5,7 @@ training step, which changes every filter, keeps nothing, and inference, attacks
 
 Unchanged means: the same object, with equal (pointer, dtype, shape, strides, version) and an equal fingerprint. The
 version alone is not enough: fused optimizers, broadcasts of DistributedDataParallel and writes through `.data` do not
-move it. The fingerprint reads 64 elements, so a hidden write to a few others goes unseen: that is what `refresh` is for.
+move it. The fingerprint reads 64 elements, so a hidden write to a few others goes unseen: `refresh` is for that.
 
 `WRN_FAST_PACK_CACHE=0` keeps nothing: every call packs into scratch memory.
 """
@@ -45,7 +45,7 @@ _entries: dict[int, _Entry] = {}
 
 
 def sample_step(count: int) -> int:
-    """The distance of SAMPLES samples over `count` elements: coprime to `count`, so they never repeat or fall in one row."""
+    """The distance of SAMPLES samples over `count` elements: coprime to it, so that none falls on another."""
     step = max(1, count * 5 // (8 * SAMPLES)) | 1
     while math.gcd(step, count) != 1:
         step += 2

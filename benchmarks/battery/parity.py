@@ -74,5 +74,5 @@ def model(network: tuple[int, int], dtypes: tuple[torch.dtype, ...], device: str
             fast, seeds=1 if small else parity.SEEDS, dtypes=dtypes, steps=1 if small else 3, batch=2 if small else 8,
             device=device,
         )  # fmt: skip
-    worst = report.failed[0] if report.failed else None
+    worst = next(iter(report.failed()), None)
     return result(OK if report.ok else FAILED, str(worst or "every quantity within its bound"), report=report.as_dict())

@@ -18,7 +18,7 @@ struct Kernels {
     // conv.cpp: see the argument structs in problem.h. std::bad_alloc when scratch cannot be had.
     void (*fprop)(const FpropArgs&);
     void (*dgrad)(const DgradArgs&);
-    void (*wgrad)(const WgradArgs&);  // wgrad.cpp
+    void (*wgrad)(const WgradArgs&);
     int64_t (*packed_size)(const PackArgs&);  // floats
     void (*pack)(const PackArgs&);
 };
@@ -33,7 +33,7 @@ const Kernels* kernels_named(const char* name);
 // the thread count, so bits depend on the batch only here; `pin_batch` answers as for a large batch.
 Algo choose_algo(const ConvShape& shape, bool dgrad, bool pin_batch);
 
-// f4 stands for F(3x3,4x4), direct for the library's wgrad.
+// f4 stands for F(3x3,4x4): there is no f2 form.
 Algo choose_wgrad_algo(const ConvShape& shape);
 
 namespace avx512 { extern const Kernels table; }

@@ -15,98 +15,118 @@ namespace {
 
 // fast: the documented policy (policy.cpp). f2: F(2x2) where the policy takes F(4x4). direct: no Winograd.
 Algo narrow(Algo algo, const std::string& precision) {
-    if (precision == "direct") return Algo::direct;
-    if (precision == "f2" && algo == Algo::f4) return Algo::f2;
-    return algo;
+  if (precision == "direct") return Algo::direct;
+  if (precision == "f2" && algo == Algo::f4) return Algo::f2;
+  return algo;
 }
 
 Plan make_plan(bool bf16, int64_t N, int64_t H, int64_t W, int64_t C, int64_t K, int R, int S, int stride, int pad_left,
                int pad_right, int pad_top, int pad_bottom, const std::string& act, float slope, double eps, double p,
-               const std::string& drop_at, int64_t short_C, int short_stride, const std::string& short_act, double short_eps,
-               const std::string& act_out, const std::string& precision, bool pin_algo) {
-    Plan plan;
-    ConvShape& s = plan.shape;
-    s.N = N;
-    s.H = H;
-    s.W = W;
-    s.C = C;
-    s.K = K;
-    s.R = R;
-    s.S = S;
-    s.stride = stride;
-    s.pad_left = pad_left;
-    s.pad_right = pad_right;
-    s.pad_top = pad_top;
-    s.pad_bottom = pad_bottom;
-    s.P = (H + pad_top + pad_bottom - R) / stride + 1;
-    s.Q = (W + pad_left + pad_right - S) / stride + 1;
-    plan.dtype = bf16 ? DType::bf16 : DType::f32;
-    plan.act = parse_act(act);
-    plan.short_act = parse_act(short_act);
-    plan.act_out = parse_act(act_out);
-    plan.slope = slope;
-    plan.eps = eps;
-    plan.short_eps = short_eps;
-    plan.p = p;
-    plan.drop_at = parse_drop_at(drop_at);
-    plan.short_C = short_C;
-    plan.short_stride = short_stride;
-    plan.fprop_algo = narrow(choose_algo(s, false, pin_algo), precision);
-    plan.dgrad_algo = narrow(choose_algo(s, true, pin_algo), precision);
-    plan.wgrad_algo = precision == "direct" ? Algo::direct : choose_wgrad_algo(s);
-    return plan;
+               const std::string& drop_at, int64_t short_C, int short_stride, const std::string& short_act,
+               double short_eps, const std::string& act_out, const std::string& precision, bool pin_algo) {
+  Plan plan;
+  ConvShape& s = plan.shape;
+  s.N = N;
+  s.H = H;
+  s.W = W;
+  s.C = C;
+  s.K = K;
+  s.R = R;
+  s.S = S;
+  s.stride = stride;
+  s.pad_left = pad_left;
+  s.pad_right = pad_right;
+  s.pad_top = pad_top;
+  s.pad_bottom = pad_bottom;
+  s.P = (H + pad_top + pad_bottom - R) / stride + 1;
+  s.Q = (W + pad_left + pad_right - S) / stride + 1;
+  plan.dtype = bf16 ? DType::bf16 : DType::f32;
+  plan.act = parse_act(act);
+  plan.short_act = parse_act(short_act);
+  plan.act_out = parse_act(act_out);
+  plan.slope = slope;
+  plan.eps = eps;
+  plan.short_eps = short_eps;
+  plan.p = p;
+  plan.drop_at = parse_drop_at(drop_at);
+  plan.short_C = short_C;
+  plan.short_stride = short_stride;
+  plan.fprop_algo = narrow(choose_algo(s, false, pin_algo), precision);
+  plan.dgrad_algo = narrow(choose_algo(s, true, pin_algo), precision);
+  plan.wgrad_algo = precision == "direct" ? Algo::direct : choose_wgrad_algo(s);
+  return plan;
 }
 
-const char* name_of(Algo algo) { return algo == Algo::f4 ? "f4" : algo == Algo::f2 ? "f2" : "direct"; }
+FpropPointers pointers(Pointer x, Pointer w, int w_code, Pointer packed, Pointer mean, Pointer var, Pointer gamma,
+                       Pointer beta, Pointer bias, Pointer residual, Pointer x_short, int64_t short_H, int64_t short_W,
+                       Pointer w_short, int w_short_code, Pointer packed_short, Pointer mean_short, Pointer var_short,
+                       Pointer gamma_short, Pointer beta_short, Pointer rng, Pointer out_scale, Pointer out_shift,
+                       Pointer y, Pointer stats_y, Pointer y_act) {
+  return {x,          w,         w_code,      packed,     mean,    var,       gamma,        beta,
+          bias,       residual,  x_short,     short_H,    short_W, w_short,   w_short_code, packed_short,
+          mean_short, var_short, gamma_short, beta_short, rng,     out_scale, out_shift,    y,
+          stats_y,    y_act};
+}
+
+const char* name_of(Algo algo) {
+  return algo == Algo::f4 ? "f4" : algo == Algo::f2 ? "f2" : "direct";
+}
 
 // FNV-1a over `samples` elements, `step` apart modulo `count`.
 uint64_t fingerprint(Pointer data, int64_t count, int element_bytes, int64_t step, int samples) {
-    const char* base = reinterpret_cast<const char*>(data);
-    uint64_t hash = 0xcbf29ce484222325u;
-    int64_t at = 0;
-    for (int i = 0; i < samples; ++i) {
-        uint32_t bits = 0;
-        memcpy(&bits, base + at * element_bytes, static_cast<size_t>(element_bytes));
-        hash = (hash ^ bits) * 0x100000001b3u;
-        at = (at + step) % count;
-    }
-    return hash;
+  const char* base = reinterpret_cast<const char*>(data);
+  uint64_t hash = 0xcbf29ce484222325u;
+  int64_t at = 0;
+  for (int i = 0; i < samples; ++i) {
+    uint32_t bits = 0;
+    memcpy(&bits, base + at * element_bytes, static_cast<size_t>(element_bytes));
+    hash = (hash ^ bits) * 0x100000001b3u;
+    at = (at + step) % count;
+  }
+  return hash;
 }
 
 }  // namespace
 }  // namespace wrn_fast
 
 PYBIND11_MODULE(_cpu, m) {
-    using namespace wrn_fast;
-    using release = py::call_guard<py::gil_scoped_release>;
-    m.doc() = "Kernels of the cpu backend: pointers and sizes only, see wrn_fast/backends/cpu.py";
+  using namespace wrn_fast;
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.doc() = "Kernels of the cpu backend: pointers and sizes only, see wrn_fast/backends/cpu.py";
 
-    m.def(
-        "isa", [] { return std::string(kernels().name); },
-        "The instruction set in use; ValueError if WRN_FAST_ISA names one that cannot be had.");
-    m.attr("MAX_TAPS") = kTapsMax;
-    m.def("scratch_bytes", &scratch_bytes, "Bytes of scratch that the calling thread holds.");
-    m.def("scratch_release", &scratch_release, "Gives the calling thread's scratch back.");
-    m.def("fingerprint", &fingerprint, "A hash of `samples` elements that lie `step` apart.");
+  m.def(
+      "isa", [] { return std::string(kernels().name); },
+      "The instruction set in use; ValueError if WRN_FAST_ISA names one that cannot be had.");
+  m.attr("MAX_TAPS") = kTapsMax;
+  m.def("scratch_bytes", &scratch_bytes, "Bytes of scratch that the calling thread holds.");
+  m.def("scratch_release", &scratch_release, "Gives the calling thread's scratch back.");
+  m.def("fingerprint", &fingerprint, "A hash of `samples` elements that lie `step` apart.");
 
-    py::class_<Plan>(m, "Plan", "One ConvProblem; methods take the thread count and pointers (0: absent).")
-        .def(py::init(&make_plan), py::kw_only(), py::arg("bf16"), py::arg("N"), py::arg("H"), py::arg("W"), py::arg("C"),
-             py::arg("K"), py::arg("R"), py::arg("S"), py::arg("stride"), py::arg("pad_left"), py::arg("pad_right"),
-             py::arg("pad_top"), py::arg("pad_bottom"), py::arg("act"), py::arg("slope"), py::arg("eps"), py::arg("p"),
-             py::arg("drop_at"), py::arg("short_C"), py::arg("short_stride"), py::arg("short_act"), py::arg("short_eps"),
-             py::arg("act_out"), py::arg("precision"), py::arg("pin_algo"))
-        .def_property_readonly("fprop_algo", [](const Plan& p) { return name_of(p.fprop_algo); })
-        .def_property_readonly("dgrad_algo", [](const Plan& p) { return name_of(p.dgrad_algo); })
-        .def_property_readonly("wgrad_algo", [](const Plan& p) { return name_of(p.wgrad_algo); })
-        .def("fprop", &Plan::fprop, release())
-        .def("dgrad", &Plan::dgrad, release())
-        .def("wgrad", &Plan::wgrad, release())
-        .def("bn_bwd_apply", &Plan::bn_bwd_apply, release())
-        .def("channel_stats", &Plan::channel_stats, release())
-        .def("source", &Plan::source, release())
-        .def("drop", &Plan::drop, release())
-        .def("packed_size", &Plan::packed_size)
-        .def("packed_size_short", &Plan::packed_size_short)
-        .def("pack", &Plan::pack, release())
-        .def("pack_short", &Plan::pack_short, release());
+  py::class_<FpropPointers>(m, "FpropPointers", "The tensors of one fprop, in the order of csrc/cpu/plan.h; 0: absent.")
+      .def(py::init(&pointers));
+
+  py::class_<Chain>(m, "Chain", "fprops in a row, run without Python between them.")
+      .def(py::init<>())
+      .def("add", &Chain::add)
+      .def("run", &Chain::run, release());
+
+  py::class_<Plan>(m, "Plan", "One ConvProblem; methods take the thread count and pointers (0: absent).")
+      .def(py::init(&make_plan), py::kw_only(), py::arg("bf16"), py::arg("N"), py::arg("H"), py::arg("W"), py::arg("C"),
+           py::arg("K"), py::arg("R"), py::arg("S"), py::arg("stride"), py::arg("pad_left"), py::arg("pad_right"),
+           py::arg("pad_top"), py::arg("pad_bottom"), py::arg("act"), py::arg("slope"), py::arg("eps"), py::arg("p"),
+           py::arg("drop_at"), py::arg("short_C"), py::arg("short_stride"), py::arg("short_act"), py::arg("short_eps"),
+           py::arg("act_out"), py::arg("precision"), py::arg("pin_algo"))
+      .def_property_readonly("fprop_algo", [](const Plan& p) { return name_of(p.fprop_algo); })
+      .def_property_readonly("dgrad_algo", [](const Plan& p) { return name_of(p.dgrad_algo); })
+      .def_property_readonly("wgrad_algo", [](const Plan& p) { return name_of(p.wgrad_algo); })
+      .def("fprop", &Plan::fprop, release())
+      .def("dgrad", &Plan::dgrad, release())
+      .def("wgrad", &Plan::wgrad, release())
+      .def("bn_bwd_apply", &Plan::bn_bwd_apply, release())
+      .def("channel_stats", &Plan::channel_stats, release())
+      .def("drop", &Plan::drop, release())
+      .def("packed_size", &Plan::packed_size)
+      .def("packed_size_short", &Plan::packed_size_short)
+      .def("pack", &Plan::pack, release())
+      .def("pack_short", &Plan::pack_short, release());
 }

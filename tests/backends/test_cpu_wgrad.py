@@ -1,4 +1,4 @@
-"""wgrad of the cpu backend: F(3x3,4x4) against float64, its bits, its special values, and when it runs."""
+"""wgrad of the cpu backend, Winograd and direct: float64, bits, special values, and which runs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from kernels import oracle
 from torch import Tensor
 
-import wrn_fast
 from wrn_fast import parity
 from wrn_fast.backends import aten, cpu
+from wrn_fast.precision import precision
 from wrn_fast.problem import ConvProblem
 
 pytestmark = pytest.mark.native
@@ -44,7 +44,7 @@ def poisoned(monkeypatch):
 
 
 def draw(seed: int, dtype: torch.dtype = torch.float32, **fixed) -> oracle.Case:
-    """A case that the Winograd kernel takes."""
+    """A case that the Winograd kernel takes, unless `fixed` says otherwise."""
     rng = random.Random(seed)
     sizes = {
         "H": rng.randint(3, 14),
@@ -64,12 +64,12 @@ def oracle_dw(case: oracle.Case) -> Tensor:
     return oracle.gradients(case)[1]
 
 
-def worst_of(seeds) -> float:
-    """The largest error of drawn cases, all of which the Winograd kernel serves."""
+def worst_of(seeds, algo="f4", **fixed) -> float:
+    """The largest error of drawn cases, all of which `algo` serves."""
     worst = 0.0
     for seed in seeds:
-        case = draw(seed)
-        assert cpu._plan(case.problem).wgrad_algo == "f4"
+        case = draw(seed, **fixed)
+        assert cpu._plan(case.problem).wgrad_algo == algo
         got, want = run(case), oracle_dw(case)
         assert got.dtype is case.problem.w_dtype and got.is_contiguous(memory_format=torch.channels_last)
         worst = max(worst, parity.error(got, want))
@@ -80,6 +80,14 @@ def test_shapes_prologues_and_paddings(seed):
     assert worst_of(range(seed, seed + 80)) <= parity.WINOGRAD["wgrad"]
 
 
+@pytest.mark.parametrize("taps", [(3, 3), (1, 1), (3, 1), (5, 2)])
+@pytest.mark.parametrize("stride", [2, 3])
+def test_direct_shapes(seed, taps, stride):
+    sizes = {"H": 11, "W": seed % 40 + 3, "pad": (1, 2, 0, 3)}
+    # The bound of a convolution that saves no multiplications and has no chain of more than 40 additions.
+    assert worst_of(range(seed, seed + 12), "direct", taps=taps, stride=stride, **sizes) <= parity.WINOGRAD["f2"]
+
+
 @pytest.mark.parametrize("isa", ["avx2", "portable"])
 def test_instruction_sets(isa, seed):
     code = (
@@ -87,7 +95,7 @@ def test_instruction_sets(isa, seed):
         "from backends import test_cpu_wgrad as t\n"
         "if t.cpu.unsupported('wgrad', t.draw(0).problem): sys.exit(77)\n"
         f"assert t.cpu.isa() == {isa!r}\n"
-        f"print(t.worst_of(range({seed}, {seed} + 20)))"
+        f"print(max(t.worst_of(range({seed}, {seed} + 20)), t.worst_of(range({seed}, {seed} + 9), 'direct', stride=2)))"
     )
     env = {**os.environ, "WRN_FAST_ISA": isa, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
@@ -114,7 +122,7 @@ def test_long_sums_stay_short(seed):
 
 
 def test_bits_do_not_depend_on_threads(seed, threads):
-    for fixed in (LONG, {**LONG, "C": 160, "K": 8, "W": 9}, {**LONG, "C": 8, "K": 64}):
+    for fixed in (LONG, {**LONG, "C": 160, "K": 8, "W": 9}, {**LONG, "C": 8, "K": 64}, {**LONG, "stride": 2}):
         case = draw(seed, **fixed)
         results = []
         for n in (1, 2, 3, 4):
@@ -126,10 +134,12 @@ def test_bits_do_not_depend_on_threads(seed, threads):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", ["x", "dy"])
-def test_special_values_reach_all_that_eager_reaches(seed, value, where):
-    case = draw(seed, N=2, H=9, W=7, C=17, K=5, pad=(1, 2, 0, 1), act="leaky_relu", drop_at="none")
+@pytest.mark.parametrize("stride", [1, 2])
+def test_special_values_reach_all_that_eager_reaches(seed, value, where, stride):
+    case = draw(seed, stride=stride, N=2, H=9, W=7, C=17, K=5, pad=(1, 2, 0, 1), act="leaky_relu", drop_at="none")
     v = case.tensors[where]
-    index = torch.randint(v.numel(), (1,))
+    # An odd pixel: one at an even place may meet no tap at stride 2.
+    index = torch.randint(v.shape[1], (1,)) + v.shape[1] * (v.shape[3] + 1)
     v.permute(0, 2, 3, 1).view(-1)[index] = value
     got, want = run(case), run(case, aten)
     assert not want.isfinite().all()
@@ -139,9 +149,10 @@ def test_special_values_reach_all_that_eager_reaches(seed, value, where):
     assert untouched.any() and got.flatten(2).isfinite().all(2)[untouched].all()
 
 
-def test_dropout(seed):
+@pytest.mark.parametrize("stride", [1, 2])
+def test_dropout(seed, stride):
     for p in (0.5, 1.0):
-        case = draw(seed, N=3, H=12, W=11, C=40, p=p, drop_at="prologue", act_out="none")
+        case = draw(seed, stride=stride, N=3, H=12, W=11, C=40, p=p, drop_at="prologue", act_out="none")
         case.tensors["rng"] = torch.randint(0, 2**63 - 1, (2,))
         assert parity.error(run(case), oracle_dw(case)) <= parity.WINOGRAD["wgrad"]
 
@@ -161,29 +172,40 @@ def test_float32_filter_beside_bfloat16(seed):
 
 
 @pytest.mark.parametrize(
-    ("precision", "fixed", "algo"),
+    ("exactness", "fixed", "algo"),
     [
         ("fast", {}, "f4"),
         ("f2", {}, "f4"),
         ("direct", {}, "direct"),
         ("fast", {"stride": 2}, "direct"),
         ("fast", {"R": 1, "S": 1, "pad": (0, 0, 0, 0)}, "direct"),
-        ("fast", {"C": 3}, "direct"),
+        ("fast", {"C": 3}, "f4"),
     ],
 )
-def test_when_it_runs(precision, fixed, algo):
+def test_when_it_runs(exactness, fixed, algo):
     sizes = {"N": 2, "H": 8, "W": 8, "C": 16, "K": 16, "R": 3, "S": 3, "pad": (1, 1, 1, 1), **fixed}
     problem = ConvProblem(device="cpu", dtype=torch.float32, w_dtype=torch.float32, **sizes)
-    with wrn_fast.precision.precision(precision):
+    with precision(exactness):
         assert cpu._plan(problem).wgrad_algo == algo
 
 
-def test_direct_is_exact_on_integers(seed):
+@pytest.mark.parametrize("stride", [1, 2])
+def test_direct_is_exact_on_integers(seed, stride):
     case = draw(
-        seed, N=2, C=16, K=5, prologue=False, affine=False, batch_stats=False, act="relu", drop_at="none", p=0.0
+        seed,
+        stride=stride,
+        N=2,
+        C=16,
+        K=5,
+        prologue=False,
+        affine=False,
+        batch_stats=False,
+        act="relu",
+        drop_at="none",
+        p=0.0,
     )
     for name in ("x", "dy"):
         case.tensors[name] = torch.randint_like(case.tensors[name], -4, 5)
-    with wrn_fast.precision.precision("direct"):
+    with precision("direct"):
         reason = parity.mismatch(run(case), oracle_dw(case))
     assert reason is None, reason

@@ -102,8 +102,17 @@ def test_tf32_only_where_both_flags_allow_it(tf32, monkeypatch):
     assert triton.dot_precision(full, 0) == "bf16x6"
 
 
-@pytest.mark.parametrize("capability, name", [((8, 0), "sm_80"), ((8, 6), "sm_86"), ((8, 9), "sm_86"), ((9, 0), "sm_90"),
-                                              ((10, 0), "sm_90"), ((12, 0), "sm_86")])  # fmt: skip
+@pytest.mark.parametrize(
+    "capability, name",
+    [
+        ((8, 0), "sm_80"),
+        ((8, 6), "sm_86"),
+        ((8, 9), "sm_86"),
+        ((9, 0), "sm_90"),
+        ((10, 0), "sm_90"),
+        ((12, 0), "sm_86"),
+    ],
+)
 def test_capabilities_have_the_shared_memory_of_their_chips(capability, name):
     arch = configs.arch_of(capability, 77)
     assert (arch.name, arch.sms) == (name, 77)
@@ -125,7 +134,9 @@ def test_the_rule_gives_legal_tiles_everywhere(arch):
         assert reason is None, f"{op} {problem}: {reason}"
 
 
-@pytest.mark.parametrize("width, cols", [(160, (128, 32)), (320, (256, 64)), (640, (256, 64)), (64, (64, 0)), (16, (16, 0))])
+@pytest.mark.parametrize(
+    "width, cols", [(160, (128, 32)), (320, (256, 64)), (640, (256, 64)), (64, (64, 0)), (16, (16, 0))]
+)
 def test_columns_are_exact_on_hopper(width, cols):
     problem = SOURCE._replace(C=width, K=width, N=512)
     assert configs.heuristic("fprop", problem, ARCHS["sm_90"]).cols == cols

@@ -332,3 +332,71 @@ def test_distributed_data_parallel_equals_one_process(tmp_path):
             else:
                 assert torch.equal(a, b), key
                 assert parity.error(a, value) <= parity.FLOAT64 or not value.any(), key
+
+
+SPAWNED = """
+import multiprocessing, sys
+sys.path[:0] = {path!r}
+import torch
+from families import family_x
+from wrn_fast.block import FastBlock
+from wrn_fast.convert import accelerate
+
+def child(model, x, queue):
+    plain = not any(isinstance(m, FastBlock) for m in model.modules())
+    queue.put((plain, accelerate(model)(x).tolist()))
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    model, x = accelerate(family_x.WideResNet(10, 10, 1)).double().eval(), torch.randn(1, 3, 32, 32).double()
+    model.requires_grad_(False)
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=child, args=(model, x, queue))
+    process.start()
+    plain, values = queue.get(timeout=120)
+    process.join()
+    print(plain, torch.equal(torch.tensor(values, dtype=torch.float64), model(x)))
+"""
+
+
+@pytest.mark.long
+def test_a_spawned_process_gets_the_plain_model(tmp_path):
+    root = Path(__file__).resolve().parents[2]
+    script = tmp_path / "spawned.py"
+    script.write_text(SPAWNED.format(path=[str(root), str(root / "tests")]))
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=240)
+    assert done.stdout.split() == ["True", "True"], done.stderr
+
+
+def test_inference_mode_and_a_gradient_scaler():
+    plain, fast = (m.eval() for m in twins(net()))
+    x = image()
+    with torch.inference_mode():
+        assert parity.error(fast(x), plain(x)) <= parity.FLOAT64
+    model = accelerate(family_x.WideResNet(10, 10, 1))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    before = model.block1.layer[0].conv1.weight.clone()
+    with torch.autocast("cpu", torch.float16):
+        loss = model(torch.randn(2, 3, 32, 32)).float().square().mean()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert not torch.equal(model.block1.layer[0].conv1.weight, before)
+
+
+def test_stacked_models_under_vmap():
+    """An ensemble by torch.func.stack_module_state."""
+    models = [accelerate(net()).eval() for _ in range(2)]
+    x = image()
+    parameters, buffers = torch.func.stack_module_state(models)
+    base = copy.deepcopy(models[0]).to("meta")
+
+    def one(parameters, buffers):
+        return torch.func.functional_call(base, (parameters, buffers), (x,))
+
+    got = torch.vmap(one)(parameters, buffers)
+    for i, model in enumerate(models):
+        assert parity.error(got[i], model(x)) <= parity.FLOAT64

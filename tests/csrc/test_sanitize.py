@@ -24,7 +24,12 @@ def build_constant(name):
 
 def run(*command, environment=None, timeout=300):
     return subprocess.run(
-        command, capture_output=True, text=True, errors="replace", timeout=timeout, env={**os.environ, **(environment or {})}
+        command,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=timeout,
+        env={**os.environ, **(environment or {})},
     )
 
 
@@ -46,7 +51,9 @@ def program(tmp_path_factory):
     widest = "avx512" if "avx512bw" in words else "avx2" if "avx2" in words and "fma" in words else None
     isas = ["portable", *([widest] if widest else [])]
     have = [f"-DWRN_HAVE_{isa.upper()}=1" for isa in isas]
-    once = [CPU / name for name in ("isa.cpp", "scratch.cpp", "policy.cpp")] + [Path(__file__).with_name("sanitize.cpp")]
+    once = [CPU / name for name in ("isa.cpp", "scratch.cpp", "policy.cpp")] + [
+        Path(__file__).with_name("sanitize.cpp")
+    ]
     skipped = {CPU / name for name in build_constant("CPU_ONCE")}
     jobs = [(source, source.stem, have) for source in once]
     for source in sorted(set(CPU.glob("*.cpp")) - skipped):

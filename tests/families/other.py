@@ -158,7 +158,16 @@ class GradModeDependent(Plain):
         return x + out if torch.is_grad_enabled() else x + 2 * out
 
 
+class StoresItsFeature(Plain):
+    """Someone reads `block.feature` after the call."""
+
+    def forward(self, x):
+        self.feature = F.relu(self.bn2(self.conv1(F.relu(self.bn1(x)))))
+        return x + self.conv2(self.feature)
+
+
 REASONS = {
+    StoresItsFeature: "stores feature on the module",
     PostActivation: "conv bn relu conv bn add relu",
     SqueezeExcite: "mean",
     OpBetween: "bn mul relu",

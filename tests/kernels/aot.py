@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import collections
 import json
-import math
 import os
 import re
 import subprocess
@@ -21,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,9 @@ class Aot:
     target: str
 
 
-def _layer(c: int, k: int, h: int, batch: int, dtype: torch.dtype, taps: int = 3, stride: int = 1, **parts) -> ConvProblem:
+def _layer(
+    c: int, k: int, h: int, batch: int, dtype: torch.dtype, taps: int = 3, stride: int = 1, **parts
+) -> ConvProblem:
     return ConvProblem("cuda", dtype, dtype, batch, h, h, c, k, taps, taps, stride, (taps // 2,) * 4, **parts)
 
 
@@ -58,24 +60,34 @@ def _problems(dtype: torch.dtype, batch: int) -> Iterator[tuple[str, str, ConvPr
     """(name, operator, problem) of the layers of WRN-d-10, d-4, d-2 and d-1 on 32x32 images."""
     sizes = {160: 32, 320: 16, 640: 8, 64: 32, 128: 16, 256: 8, 32: 32, 16: 32}
     for width, h in sizes.items():
-        layer = lambda **parts: _layer(width, width, h, batch, dtype, **parts)
+        layer = partial(_layer, width, width, h, batch, dtype)
         yield f"{width} conv1", "fprop", layer(**ACT, want_stats=True)
         yield f"{width} conv2", "fprop", layer(**ACT, residual=True, want_stats=True)
         yield f"{width} eval", "fprop", layer(residual=True, bias=True, act_out="relu")
         yield f"{width} dgrad", "dgrad", layer(**ACT, want_stats=True)
         yield f"{width} wgrad", "wgrad", layer(**ACT)
     for c, k, h, stride in ((16, 160, 32, 1), (160, 320, 32, 2), (320, 640, 16, 2), (32, 64, 32, 2), (64, 128, 32, 2)):
-        short = {"short_C": c, "short_stride": stride, "short_prologue": True, "short_affine": True, "short_act": "relu"}
+        short = {
+            "short_C": c,
+            "short_stride": stride,
+            "short_prologue": True,
+            "short_affine": True,
+            "short_act": "relu",
+        }
         out = h // stride
         yield f"{c}-{k} conv1", "fprop", _layer(c, k, h, batch, dtype, stride=stride, **ACT, want_stats=True)
         yield f"{c}-{k} conv2", "fprop", _layer(k, k, out, batch, dtype, **ACT, **short, want_stats=True)
         yield f"{c}-{k} dgrad", "dgrad", _layer(c, k, h, batch, dtype, stride=stride, **ACT, want_stats=True)
         yield f"{c}-{k} wgrad", "wgrad", _layer(c, k, h, batch, dtype, stride=stride, **ACT)
-        yield f"{c}-{k} short dgrad", "dgrad", _layer(c, k, h, batch, dtype, taps=1, stride=stride, **ACT, want_stats=True)
+        yield (
+            f"{c}-{k} short dgrad",
+            "dgrad",
+            _layer(c, k, h, batch, dtype, taps=1, stride=stride, **ACT, want_stats=True),
+        )
     yield "3-16 conv1", "fprop", _layer(3, 16, 32, batch, dtype, want_stats=True)
     yield "3-16 wgrad", "wgrad", _layer(3, 16, 32, batch, dtype)
     for width, h in ((160, 32), (16, 32)):
-        layer = lambda **parts: _layer(width, width, h, batch, dtype, taps=1, **parts)
+        layer = partial(_layer, width, width, h, batch, dtype, 1)
         yield f"{width} bn_bwd_apply", "bn_bwd_apply", layer(prologue=True, affine=True, batch_stats=True)
         yield f"{width} channel_stats", "channel_stats", layer()
         yield f"{width} dropout", "dropout", layer(p=0.3, drop_at="output")
@@ -143,6 +155,7 @@ def launches(case: Aot) -> list[tuple[Any, tuple, dict]]:
 
 def _call(case: Aot) -> None:
     from kernels.interpreted import FPROP, PROLOGUE
+
     from wrn_fast.kernels import bn_bwd_apply, dgrad, dropout, fprop, stats, wgrad
 
     op, problem, t = case.op, case.problem, tensors(case.problem)

@@ -50,7 +50,9 @@ def draw(rng: random.Random, drop_share: float = 0.25) -> dict:
 def feasible_pairs() -> set:
     """Every pair of choices that some case can have."""
     found = set()
-    small = {name: values for name, values in CHOICES.items() if name not in ("N", "bias", "residual", "short", "stride")}
+    small = {
+        name: values for name, values in CHOICES.items() if name not in ("N", "bias", "residual", "short", "stride")
+    }
     free = {name: CHOICES[name] for name in CHOICES if name not in small}
     for values in itertools.product(*small.values()):
         choice = dict(zip(small, values))
@@ -92,13 +94,17 @@ def fixed(choice: dict, rng: random.Random) -> dict:
     source, short, drop_at = choice["source"], choice["short"], choice["drop_at"]
     image = {} if rng.random() < 0.5 else {"H": rng.choice((4, 6)), "W": rng.choice((4, 8))}
     values = {n: choice[n] for n in ("taps", "stride", "pad", "act", "bias", "residual", "act_out", "want_y", "N")}
-    return values | image | {
-        "prologue": source != "raw",
-        "affine": source == "bn+affine",
-        "short_C": 0 if short == "none" else rng.choice((1, 5, 16, 18)),
-        "short_prologue": short == "bn+affine",
-        "short_affine": short == "bn+affine",
-        "drop_at": drop_at,
-        "p": 0.0 if drop_at == "none" else rng.choice((0.3, 0.3, 0.999, 1.0)),
-        "want_stats": choice["want_stats"],
-    }
+    return (
+        values
+        | image
+        | {
+            "prologue": source != "raw",
+            "affine": source == "bn+affine",
+            "short_C": 0 if short == "none" else rng.choice((1, 5, 16, 18)),
+            "short_prologue": short == "bn+affine",
+            "short_affine": short == "bn+affine",
+            "drop_at": drop_at,
+            "p": 0.0 if drop_at == "none" else rng.choice((0.3, 0.3, 0.999, 1.0)),
+            "want_stats": choice["want_stats"],
+        }
+    )

@@ -7,10 +7,10 @@ import random
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
-
 from kernels import oracle
 from kernels.oracle import Case
+from torch import Tensor
+
 from wrn_fast.kernels.configs import ARCHS, TileConfig, heuristic, legal
 from wrn_fast.parity import error
 from wrn_fast.problem import ConvProblem

@@ -44,39 +44,39 @@ def draw(seed: int, dtype: torch.dtype = torch.float64, **fixed) -> Case:
     drop_at = rng.choice(("none", "none", "none", "prologue", "output", "output_act"))
     act_out = rng.choice(("none", "none", *ACTS)) if drop_at != "output_act" else rng.choice(ACTS)
     prologue, short_prologue = rng.random() < 0.7, rng.random() < 0.7
-    values = dict(
-        device="cpu",
-        dtype=dtype,
-        w_dtype=dtype if dtype in (torch.float32, torch.float64) or rng.random() < 0.5 else torch.float32,
-        N=rng.choice((1, 1, 2, 3)),
-        H=rng.randint(3, 7),
-        W=rng.randint(3, 7),
-        C=rng.choice((1, 3, 4, 7, 16, 20, 32)),
-        K=rng.choice((1, 2, 5, 8, 16, 24, 36)),
-        R=taps[0],
-        S=taps[1],
-        stride=rng.choice((1, 1, 2, 2, 3)),
-        pad=rng.choice(PADS) if taps != (1, 1) else (0, 0, 0, 0),
-        act=rng.choice(ACTS),
-        slope=0.1,
-        eps=1e-5,
-        prologue=prologue,
-        affine=prologue and rng.random() < 0.8,
-        batch_stats=prologue and rng.random() < 0.5,
-        p=0.3 if drop_at != "none" else 0.0,
-        drop_at=drop_at,
-        bias=rng.random() < 0.4,
-        residual=rng.random() < 0.4,
-        short_C=rng.choice((0, 0, 5, 16, 18)),
-        short_stride=rng.choice((1, 2)),
-        short_prologue=short_prologue,
-        short_affine=short_prologue and rng.random() < 0.8,
-        short_act=rng.choice(ACTS),
-        short_eps=1e-3,
-        act_out=act_out,
-        want_y=act_out == "none" or rng.random() < 0.7,
-        want_stats=rng.random() < 0.5,
-    )
+    values = {
+        "device": "cpu",
+        "dtype": dtype,
+        "w_dtype": dtype if dtype in (torch.float32, torch.float64) or rng.random() < 0.5 else torch.float32,
+        "N": rng.choice((1, 1, 2, 3)),
+        "H": rng.randint(3, 7),
+        "W": rng.randint(3, 7),
+        "C": rng.choice((1, 3, 4, 7, 16, 20, 32)),
+        "K": rng.choice((1, 2, 5, 8, 16, 24, 36)),
+        "R": taps[0],
+        "S": taps[1],
+        "stride": rng.choice((1, 1, 2, 2, 3)),
+        "pad": rng.choice(PADS) if taps != (1, 1) else (0, 0, 0, 0),
+        "act": rng.choice(ACTS),
+        "slope": 0.1,
+        "eps": 1e-5,
+        "prologue": prologue,
+        "affine": prologue and rng.random() < 0.8,
+        "batch_stats": prologue and rng.random() < 0.5,
+        "p": 0.3 if drop_at != "none" else 0.0,
+        "drop_at": drop_at,
+        "bias": rng.random() < 0.4,
+        "residual": rng.random() < 0.4,
+        "short_C": rng.choice((0, 0, 5, 16, 18)),
+        "short_stride": rng.choice((1, 2)),
+        "short_prologue": short_prologue,
+        "short_affine": short_prologue and rng.random() < 0.8,
+        "short_act": rng.choice(ACTS),
+        "short_eps": 1e-3,
+        "act_out": act_out,
+        "want_y": act_out == "none" or rng.random() < 0.7,
+        "want_stats": rng.random() < 0.5,
+    }
     values.update(fixed)
     if not values["want_y"]:
         values["want_stats"] = False
@@ -92,24 +92,26 @@ def draw(seed: int, dtype: torch.dtype = torch.float64, **fixed) -> Case:
     h2, w2 = (p - 1) * st + 1 + rng.randrange(st), (q - 1) * st + 1 + rng.randrange(st)
     short = problem.short_C > 0
     both = rng.random() < 0.7
-    tensors = dict(
-        x=nhwc(n, c, problem.H, problem.W, dtype=dtype, g=g),
-        w=w,
-        dy=nhwc(n, k, p, q, dtype=dtype, g=g),
-        stats=stats(c, problem.prologue),
-        gamma=vec(c, problem.affine),
-        beta=vec(c, problem.affine and both),
-        bias=vec(k, problem.bias),
-        residual=nhwc(n, k, p, q, dtype=dtype, g=g) if problem.residual else None,
-        x_short=nhwc(n, problem.short_C, h2, w2, dtype=dtype, g=g) if short else None,
-        w_short=torch.randn(k, problem.short_C, 1, 1, generator=g, dtype=torch.float64).to(problem.w_dtype) if short else None,
-        stats_short=stats(problem.short_C, short and problem.short_prologue),
-        gamma_short=vec(problem.short_C, short and problem.short_affine and both),
-        beta_short=vec(problem.short_C, short and problem.short_affine),
-        rng=torch.randint(0, 2**63 - 1, (2,), generator=g) if problem.p > 0 else None,
-        out_scale=vec(k, problem.act_out != "none" and rng.random() < 0.7),
-        out_shift=vec(k, problem.act_out != "none" and rng.random() < 0.7),
-    )
+    tensors = {
+        "x": nhwc(n, c, problem.H, problem.W, dtype=dtype, g=g),
+        "w": w,
+        "dy": nhwc(n, k, p, q, dtype=dtype, g=g),
+        "stats": stats(c, problem.prologue),
+        "gamma": vec(c, problem.affine),
+        "beta": vec(c, problem.affine and both),
+        "bias": vec(k, problem.bias),
+        "residual": nhwc(n, k, p, q, dtype=dtype, g=g) if problem.residual else None,
+        "x_short": nhwc(n, problem.short_C, h2, w2, dtype=dtype, g=g) if short else None,
+        "w_short": torch.randn(k, problem.short_C, 1, 1, generator=g, dtype=torch.float64).to(problem.w_dtype)
+        if short
+        else None,
+        "stats_short": stats(problem.short_C, short and problem.short_prologue),
+        "gamma_short": vec(problem.short_C, short and problem.short_affine and both),
+        "beta_short": vec(problem.short_C, short and problem.short_affine),
+        "rng": torch.randint(0, 2**63 - 1, (2,), generator=g) if problem.p > 0 else None,
+        "out_scale": vec(k, problem.act_out != "none" and rng.random() < 0.7),
+        "out_shift": vec(k, problem.act_out != "none" and rng.random() < 0.7),
+    }
     return Case(problem, tensors)
 
 

@@ -67,7 +67,9 @@ def test_every_convolution_uses_tensor_instructions():
             assert row["tensor"], (name, row)
 
 
-@pytest.mark.parametrize("width, columns", [("160", {"n128", "n32"}), ("320", {"n256", "n64"}), ("640", {"n256", "n64"})])
+@pytest.mark.parametrize(
+    "width, columns", [("160", {"n128", "n32"}), ("320", {"n256", "n64"}), ("640", {"n256", "n64"})]
+)
 def test_hopper_multiplies_exact_widths(width, columns):
     (row,) = [r for r in TABLE["rows"][f"sm_90 bf16 n128 {width} eval"] if r["kernel"] == "conv_kernel"]
     assert {shape[3:].split("k")[0] for shape in row["tensor"]} == columns

@@ -3,24 +3,27 @@
 Every argument is checked before it gets here; this file makes pointers of tensors, allocates outputs and keeps packed
 filters (`wrn_fast.packing`). Which algorithm runs is csrc/cpu/policy.cpp's choice, narrowed by `wrn_fast.precision`.
 
-Numerics: products and sums are float32, cut every 32 channels; statistics merge in float64. bfloat16 is converted in the
-transforms, so its convolution is rounded once, at the store. Bits do not depend on the number of threads.
+Numerics: products and sums are float32, cut every 32 channels (of wgrad: tiles or pixels); statistics merge in
+float64. bfloat16 is converted in the transforms, so its convolution is rounded once, at the store. Bits do not depend
+on the number of threads.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from wrn_fast import packing, precision
+from wrn_fast import packing
 from wrn_fast._build import missing_extension_reason
+from wrn_fast.precision import current, pinned
 from wrn_fast.problem import ConvProblem
+from wrn_fast.steps import NO_NORM, Step
 
 NAME = "cpu"
 
@@ -89,7 +92,7 @@ def unsupported(op: str, problem: ConvProblem) -> str | None:
 
 def _plan(problem: ConvProblem) -> Any:
     """The problem's scalars on the C++ side, with the algorithms that the settings of this moment choose."""
-    return _plan_for(problem, precision.current(), precision.pinned())
+    return _plan_for(problem, current(), pinned())
 
 
 @functools.lru_cache(maxsize=1024)
@@ -182,6 +185,18 @@ def _packed_short(plan: Any, w: Tensor) -> Tensor | None:
     return packing.lookup(w, ("direct", "fprop", isa()), _fingerprint, make)
 
 
+def _pointers(*values: int) -> Any:
+    return _extension().FpropPointers(*values)
+
+
+def _halves(stats: Tensor | None) -> tuple[int, int]:
+    """Pointers to mean and variance in [2, C] float32."""
+    if stats is None:
+        return 0, 0
+    p = stats.data_ptr()
+    return p, p + 4 * stats.shape[1]
+
+
 # The primitives.
 
 
@@ -219,10 +234,13 @@ def fprop(
         packed_short = _packed_short(plan, w_short)
         short_H, short_W = x_short.shape[2:]
     plan.fprop(
-        _conv_threads(problem), _ptr(x), _ptr(w), _code(w), _ptr(packed), _ptr(stats), _ptr(gamma), _ptr(beta),
-        _ptr(bias), _ptr(residual), _ptr(x_short), short_H, short_W, _ptr(w_short), _code(w_short), _ptr(packed_short),
-        _ptr(stats_short), _ptr(gamma_short), _ptr(beta_short), _ptr(rng), _ptr(out_scale), _ptr(out_shift), _ptr(y),
-        _ptr(stats_y), _ptr(y_act),
+        _conv_threads(problem),
+        _pointers(
+            _ptr(x), _ptr(w), _code(w), _ptr(packed), *_halves(stats), _ptr(gamma), _ptr(beta), _ptr(bias),
+            _ptr(residual), _ptr(x_short), short_H, short_W, _ptr(w_short), _code(w_short), _ptr(packed_short),
+            *_halves(stats_short), _ptr(gamma_short), _ptr(beta_short), _ptr(rng), _ptr(out_scale), _ptr(out_shift),
+            _ptr(y), _ptr(stats_y), _ptr(y_act),
+        ),
     )  # fmt: skip
     dtype = problem.dtype
     return (
@@ -230,6 +248,48 @@ def fprop(
         _absent() if stats_y is None else stats_y,
         _absent(dtype) if y_act is None else y_act,
     )
+
+
+def chain(x: Tensor, steps: Sequence[Step]) -> Tensor:
+    """fprops in a row in one C++ call: the y of the last. Intermediate activations share one block of memory."""
+    size = x.element_size()
+    floats: dict[int, int] = {}
+    for step in steps:
+        problem = step.problem
+        elements = problem.N * problem.P * problem.Q * problem.K
+        floats[step.y] = max(floats.get(step.y, 0), (elements * size + 63) // 64 * 16)
+    last = steps[-1].problem
+    y = _new(last, last.N, last.K, last.P, last.Q)
+    del floats[steps[-1].y]
+    memory = torch.empty(sum(floats.values()))
+    slots = {0: x.data_ptr(), steps[-1].y: y.data_ptr()}
+    at = memory.data_ptr()
+    for slot, count in floats.items():
+        slots[slot] = at
+        at += 4 * count
+    native, kept = _extension().Chain(), []
+    for step in steps:
+        plan = _plan(step.problem)
+        packed, packed_short = _packed(plan, step.w, False), None
+        norm, short = step.norm, step.short
+        residual = 0 if step.residual is None else slots[step.residual]
+        x_short, w_short, short_H, short_W, norm_short = 0, None, 0, 0, NO_NORM
+        if short is not None:
+            x_short, w_short, norm_short = slots[short.x], short.w, short.norm
+            short_H, short_W = short.image
+            packed_short = _packed_short(plan, w_short)
+        kept += [packed, packed_short]
+        native.add(
+            plan, _conv_threads(step.problem),
+            _pointers(
+                slots[step.x], _ptr(step.w), _code(step.w), _ptr(packed), _ptr(norm.mean), _ptr(norm.var),
+                _ptr(norm.gamma), _ptr(norm.beta), _ptr(step.bias), residual, x_short, short_H, short_W, _ptr(w_short),
+                _code(w_short), _ptr(packed_short), _ptr(norm_short.mean), _ptr(norm_short.var),
+                _ptr(norm_short.gamma), _ptr(norm_short.beta), _ptr(step.rng), 0, 0, slots[step.y], 0, 0,
+            ),
+        )  # fmt: skip
+    native.run()
+    return y
 
 
 def dgrad(
@@ -249,33 +309,10 @@ def dgrad(
     sums = torch.empty((2, problem.C)) if problem.want_stats else None
     packed = _packed(plan, w, True)
     plan.dgrad(
-        _conv_threads(problem), _ptr(dy), _ptr(x), _ptr(w), _code(w), _ptr(packed), _ptr(stats), _ptr(gamma), _ptr(beta),
-        _ptr(rng), _ptr(g), _ptr(sums),
+        _conv_threads(problem), _ptr(dy), _ptr(x), _ptr(w), _code(w), _ptr(packed), _ptr(stats), _ptr(gamma),
+        _ptr(beta), _ptr(rng), _ptr(g), _ptr(sums),
     )  # fmt: skip
     return g, _absent() if sums is None else sums
-
-
-def _source(problem: ConvProblem, x: Tensor, stats, gamma, beta, rng) -> Tensor:
-    """drop(act(bn(x))) in one pass, x itself where there is nothing to do."""
-    drop = rng is not None and problem.p > 0 and problem.drop_at == "prologue"
-    if stats is None and problem.act == "identity" and not drop:
-        return x
-    a = torch.empty_like(x, memory_format=torch.channels_last)
-    _plan(problem).source(threads(x.numel()), _ptr(x), _ptr(stats), _ptr(gamma), _ptr(beta), _ptr(rng), _ptr(a))
-    return a
-
-
-def _conv_wgrad(problem: ConvProblem, dy: Tensor, a: Tensor) -> Tensor:
-    """[K, C, R, S] in x's dtype, by the library. It pads both sides alike; four different numbers are padded before it."""
-    left, right, top, bottom = problem.pad
-    padding = [top, left]
-    if left != right or top != bottom:
-        a, padding = F.pad(a, problem.pad), [0, 0]
-    w = torch.empty((problem.K, problem.C, problem.R, problem.S), dtype=a.dtype, memory_format=torch.channels_last)
-    _, dw, _ = torch.ops.aten.convolution_backward(
-        dy, a, w, None, [problem.stride] * 2, padding, [1, 1], False, [0, 0], 1, [False, True, False]
-    )
-    return dw
 
 
 def wgrad(
@@ -290,13 +327,10 @@ def wgrad(
     """dw [K,C,R,S]: the activation is made again from x."""
     plan = _plan(problem)
     stats, gamma, beta = _vector(stats), _vector(gamma), _vector(beta)
-    if plan.wgrad_algo == "direct":
-        a = _source(problem, x, stats, gamma, beta, rng)
-        return _nhwc(_conv_wgrad(problem, dy, a), problem.w_dtype)
     dw = torch.empty((problem.K, problem.C, problem.R, problem.S), memory_format=torch.channels_last)
     plan.wgrad(
-        _conv_threads(problem), _ptr(dy), _ptr(x), _ptr(stats), _ptr(gamma), _ptr(beta), _ptr(rng), _ptr(dw)
-    )
+        _conv_threads(problem), _ptr(dy), _ptr(x), _ptr(stats), _ptr(gamma), _ptr(beta), _ptr(rng), _ptr(dw),
+    )  # fmt: skip
     return _nhwc(dw, problem.w_dtype)
 
 

@@ -1,8 +1,8 @@
 """Adapter to the Triton kernels: any GPU from compute capability 8.0 on, ROCm's gfx942, and the interpreter for tests.
 
-float32 stays float32: `tf32x3` on NVIDIA, `bf16x6` on AMD, plain FMA under `precision("direct")`; TF32 itself only where
-both `torch.backends.cuda.matmul` and `torch.backends.cudnn` allow it. With TRITON_INTERPRET=1 in the environment the
-same code runs tensors of the CPU, in float64 too: slow, and exact enough to show a wrong index.
+float32 stays float32: `tf32x3` on NVIDIA, `bf16x6` on AMD, plain FMA under `precision("direct")`; TF32 itself only
+where both `torch.backends.cuda.matmul` and `torch.backends.cudnn` allow it. With TRITON_INTERPRET=1 in the environment
+the same code runs tensors of the CPU, in float64 too: slow, and exact enough to show a wrong index.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wrn_fast import precision as arithmetic
 from wrn_fast import tuned
 from wrn_fast.kernels import configs
+from wrn_fast.precision import current
 from wrn_fast.problem import ConvProblem
 
 NAME = "triton"
@@ -81,7 +81,7 @@ def driver(index: int | None) -> str:
     """The version of CUDA that the driver speaks, or of ROCm."""
     if index is None:
         return "none"
-    return str(torch.version.hip) if torch.version.hip else str(torch._C._cuda_getDriverVersion())
+    return str(torch.version.hip or torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined]
 
 
 def forget() -> None:
@@ -119,7 +119,7 @@ def _failed_proof(op: str, problem: ConvProblem) -> str | None:
 
 
 def refused_tile(op: str, problem: ConvProblem, tile: configs.TileConfig, device: torch.device) -> str | None:
-    """Why a tile must not be used on a device: it does not compile there, or computes wrongly. See kernels/selfcheck.py."""
+    """Why a tile must not be used on a device: it does not compile there, or computes wrongly."""
     from wrn_fast.kernels import selfcheck
 
     return selfcheck.reason(op, problem, tile, dot_precision(problem, device.index), device)
@@ -141,9 +141,9 @@ def config(op: str, problem: ConvProblem, index: int | None) -> configs.TileConf
 
 def dot_precision(problem: ConvProblem, index: int | None) -> str:
     """Triton's `input_precision`."""
-    if problem.dtype != torch.float32 or index is None or arithmetic.current() == "direct":
+    if problem.dtype != torch.float32 or index is None or current() == "direct":
         return "ieee"
-    both = (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)
+    both = (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)  # type: ignore[attr-defined]
     if both == ("tf32", "tf32"):
         return "tf32"
     return "bf16x6" if torch.version.hip else "tf32x3"

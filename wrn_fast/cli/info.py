@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from wrn_fast import __version__, dispatch, machine, packing, precision
+from wrn_fast import __version__, dispatch, machine, packing
 from wrn_fast._build import missing_extension_reason
 from wrn_fast.backends import BACKENDS, cpu
+from wrn_fast.precision import current, pinned
 from wrn_fast.problem import ConvProblem
 
 NAME = "info"
@@ -155,8 +156,8 @@ def gather(batch: int) -> dict[str, Any]:
         "extensions": extensions(),
         "openmp": openmp_runtimes(),
         "backends": list(dispatch.selection()),
-        "precision": precision.current(),
-        "batch size may choose the algorithm": not precision.pinned(),
+        "precision": current(),
+        "batch size may choose the algorithm": not pinned(),
         "packed filters": {"kept": len(kept), "bytes": packing.kept_bytes()},
         "environment": {name: value for name, value in sorted(os.environ.items()) if _watched(name)},
         "choices": [row for device in devices for row in choices(device, batch)],

@@ -163,6 +163,7 @@ class _Recogniser:
         def forward(x: torch.Tensor) -> Any:
             return self.forward(self.twin, x)
 
+        before = self.attributes()
         users: list[Recording] = []
         lines: list[tuple] = []
         for scene in _SCENES:
@@ -171,6 +172,9 @@ class _Recogniser:
                 return empty._replace(reason=recording)
             users.append(recording)
             lines = lines or self.book.lines[: self.book.lines.index(("backward",))]
+        stored = sorted({key[1] for key, at in self.attributes().items() if before.get(key) != at})
+        if stored:
+            return empty._replace(reason=f"its forward stores {', '.join(stored[:4])} on the module")
         roles = self.roles()
         if isinstance(roles, str):
             return empty._replace(reason=roles)
@@ -203,6 +207,16 @@ class _Recogniser:
             if module is not None and "forward" in module.__dict__:
                 return f"the forward of a {type(module).__name__} inside is replaced on the instance"
         return ""
+
+    def attributes(self) -> dict[tuple[int, str], int]:
+        """Identity of every attribute of the copy, but for PyTorch's own."""
+        return {
+            (i, name): id(value)
+            for i, module in enumerate([self.twin, *self.inner])
+            if module is not None
+            for name, value in module.__dict__.items()
+            if name not in _INTERNAL
+        }
 
     def shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         n, side = size

@@ -105,7 +105,7 @@ def _table(title: str, left: str, *right: str) -> Table:
 
 def curve_table(results: Results) -> Table:
     """Loss, test accuracy and time of each epoch, both models side by side."""
-    title = f"{results.model['name']} on {results.data['name']}: training loss, test accuracy, seconds"
+    title = f"{results.model['name']} on {results.data['name']}"
     columns = [f"{name}\n{what}" for name in (EAGER, FAST) for what in ("loss", "accuracy", "s")]
     table = _table(title, "epoch", *columns)
     for number in range(results.rounds()):
@@ -119,7 +119,7 @@ def curve_table(results: Results) -> Table:
 
 def agreement_table(results: Results) -> Table:
     """Do the two models, holding the same weights, say the same?"""
-    title = "The same weights in both, moved by state_dict: distance of the outputs to float64 (relative L2)"
+    title = "The same weights in both models: relative L2 distance to float64"
     table = _table(title, "whose weights", EAGER, FAST, "bound", "max diff", "same class", "verdict")
     for a in results.agreements:
         table.add_row(
@@ -131,8 +131,8 @@ def agreement_table(results: Results) -> Table:
 
 def speed_table(results: Results) -> Table:
     """Median seconds of both, their ratio and its spread."""
-    title = "Seconds a call, in turn: medians; how many times faster, with the range over the runs"
-    table = _table(title, "task", "batch", f"{EAGER} (channels_last)", FAST, "ratio", "range")
+    title = "Seconds a call (medians, run in turn), channels_last"
+    table = _table(title, "task", "batch", EAGER, FAST, "ratio", "range")
     for s in results.speeds:
         if s.fast:
             table.add_row(

@@ -1,7 +1,7 @@
 """BatchNorm's backward, the part that is elementwise.
 
-    dx = gamma * rstd * (g - sum(g)/m - xhat * sum(g*xhat)/m),  xhat = (x - mean) * rstd,  m = N*H*W     batch statistics
-    dx = gamma * rstd * g                                                                                 running ones
+dx = gamma * rstd * (g - sum(g)/m - xhat * sum(g*xhat)/m),  xhat = (x - mean) * rstd,  m = N*H*W     batch statistics
+dx = gamma * rstd * g                                                                                 running ones
 """
 
 from __future__ import annotations
@@ -43,14 +43,17 @@ def _bn_bwd_apply_kernel(g, x, stats, gamma, sums, dx, rows, CHANNELS: tl.conste
     tl.store(dx + at, round_to(v * scale[None, :], dx.dtype.element_ty), mask=valid)
 
 
-def bn_bwd_apply(problem: ConvProblem, g: Tensor, x: Tensor, stats: Tensor, gamma: Tensor | None, sums_g: Tensor | None) -> Tensor:
+def bn_bwd_apply(
+    problem: ConvProblem, g: Tensor, x: Tensor, stats: Tensor, gamma: Tensor | None, sums_g: Tensor | None
+) -> Tensor:
     """dx [N,C,H,W] from g = dL/d(bn(x)) of the same shape. `sums_g` [2, C] only for batch statistics."""
     dx = torch.empty_like(g, memory_format=torch.channels_last)
     rows = problem.N * problem.H * problem.W
     block_c = channel_block(problem.C)
     block_rows = BLOCK_ELEMENTS // block_c
     _bn_bwd_apply_kernel[(-(-rows // block_rows), -(-problem.C // block_c))](
-        g, x, stats.contiguous(), stats if gamma is None else gamma.contiguous(), stats if sums_g is None else sums_g.contiguous(), dx, rows,
+        g, x, stats.contiguous(), stats if gamma is None else gamma.contiguous(),
+        stats if sums_g is None else sums_g.contiguous(), dx, rows,
         CHANNELS=problem.C, EPS=problem.eps, GAMMA=gamma is not None, BATCH=problem.batch_stats, BLOCK_ROWS=block_rows,
         BLOCK_C=block_c, WIDE=wide(x.dtype), num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

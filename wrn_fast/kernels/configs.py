@@ -79,7 +79,7 @@ def _power_of_two(n: int) -> bool:
 
 
 def illegal(config: TileConfig, op: str, problem: ConvProblem, arch: Arch) -> str | None:
-    """A sentence that says why `config` cannot run, or None. The only statement of legality: rule, table and tuner ask it."""
+    """A sentence that says why `config` cannot run, or None: the one statement of legality."""
     for name, value in (("rows", config.rows), ("red", config.red), ("cols[0]", config.cols[0])):
         if not _power_of_two(value) or value < 16:
             return f"`{name}`: expected a power of two of at least 16, got {value}"
@@ -159,6 +159,7 @@ def heuristic(op: str, problem: ConvProblem, arch: Arch) -> TileConfig:
     columns = problem.K if forward else problem.C
     if arch.name == "interpreter":
         return TileConfig(128, block(reduction(op, problem), (64, 32, 16)), cut(columns, 160), 4, 1)
+    steps: tuple[int, ...]
     if size > 2:  # float32: three tf32 or six bf16 products a step, so half the columns
         widest, steps = 80, (32, 16)
     elif arch.name == "sm_90":

@@ -1,11 +1,13 @@
 """The implicit GEMM behind fprop and dgrad: one tap loop over NHWC pixels, one or two sources, two epilogues.
 
-    out[p, k] = sum over taps, c of source[pixel(p, tap), c] * w[tap, c, k]      p: output pixel, c: reduction, k: column
+    out[p, k] = sum over taps, c of source[pixel(p, tap), c] * w[tap, c, k]    p: output pixel, c: reduction, k: column
 
 fprop reads x and writes y; dgrad reads dy and writes g, so there "reduction" is K and "columns" is C. Six numbers make
 the difference (u: tap):
 
-    source row = i*in_step + in_first + in_sign*u     filter row = tap_first + tap_step*u     output row = i*out_step + out_first
+    source row = i*in_step + in_first + in_sign*u
+    filter row = tap_first + tap_step*u
+    output row = i*out_step + out_first
 
     fprop              in_step=stride  out_step=1       in_first=-pad  in_sign=+1  tap_first=0  tap_step=1
     dgrad, each class  in_step=1       out_step=stride  in_sign=-1     (dgrad.py)
@@ -100,7 +102,8 @@ def _load_filter(pointer, offsets, mask, EVEN: tl.constexpr):
 
 @triton.jit
 def _fprop_columns(acc, tile, rows, pixel, base, col, y, y_act, residual, bias, out_scale, out_shift, rng, partial,
-                   threshold, keep, keep_low, spec: tl.constexpr, BLOCK_COLS: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+                   threshold, keep, keep_low, spec: tl.constexpr, BLOCK_COLS: tl.constexpr,
+                   WIDE: tl.constexpr):  # fmt: skip
     """y = drop(acc + bias + residual), y_act = drop(act(y*scale + shift)), statistics of y as written."""
     COLS: tl.constexpr = spec.cols
     k = col + tl.arange(0, BLOCK_COLS)
@@ -211,13 +214,11 @@ def _conv_kernel(x, w, affine, x_short, w_short, affine_short, y, y_act, residua
                 bits |= tl.where(ok, 1 << (r * TAPS_W + s), 0)
     k0 = col + tl.arange(0, COLS0)
     acc0 = tl.zeros((BLOCK_ROWS, COLS0), WIDE)
+    b_step: tl.constexpr = 1 if spec.red_contiguous else spec.filter_r * spec.filter_s * COLS
+    tap_stride: tl.constexpr = RED if spec.red_contiguous else COLS
     if spec.red_contiguous:
-        b_step: tl.constexpr = 1
-        tap_stride: tl.constexpr = RED
         b0 = cr[:, None] + k0[None, :] * (spec.filter_r * spec.filter_s * RED)
     else:
-        b_step: tl.constexpr = spec.filter_r * spec.filter_s * COLS
-        tap_stride: tl.constexpr = COLS
         b0 = cr[:, None] * b_step + k0[None, :]
     b0_mask = (k0 < COLS)[None, :]
     if COLS1 > 0:
@@ -263,7 +264,9 @@ def _conv_kernel(x, w, affine, x_short, w_short, affine_short, y, y_act, residua
         C2: tl.constexpr = spec.short_red
         EVEN2: tl.constexpr = C2 % BLOCK_RED == 0
         EVEN2_B: tl.constexpr = EVEN2 and COLS % (COLS0 + COLS1) == 0
-        a2_offset = ((n * spec.short_h + i * spec.short_step) * spec.short_w + j * spec.short_step)[:, None] * C2 + cr[None, :]
+        a2_offset = ((n * spec.short_h + i * spec.short_step) * spec.short_w + j * spec.short_step)[:, None] * C2 + cr[
+            None, :
+        ]
         short_tile = x_short + first.to(tl.int64) * (spec.short_h * spec.short_w * C2)
         d0 = cr[:, None] + k0[None, :] * C2
         if COLS1 > 0:
@@ -277,8 +280,8 @@ def _conv_kernel(x, w, affine, x_short, w_short, affine_short, y, y_act, residua
                 am = rows[:, None] & (c < C2)[None, :]
             a = tl.load(short_tile + e0 + a2_offset, mask=am, other=0.0)
             if spec.short_source:
-                a = prologue(a, rows, c, affine_short, C2, spec.short_bn, spec.center, spec.short_act, spec.slope, EVEN2,
-                             False, False, a.dtype, WIDE)  # fmt: skip
+                a = prologue(a, rows, c, affine_short, C2, spec.short_bn, spec.center, spec.short_act, spec.slope,
+                             EVEN2, False, False, a.dtype, WIDE)  # fmt: skip
             acc0 = dot(a, _load_filter(w_short + e0, d0, b0_mask & cm, EVEN2_B), acc0, PREC, WIDE)
             if COLS1 > 0:
                 acc1 = dot(a, _load_filter(w_short + e0, d1, b1_mask & cm, EVEN2_B), acc1, PREC, WIDE)
@@ -288,8 +291,8 @@ def _conv_kernel(x, w, affine, x_short, w_short, affine_short, y, y_act, residua
         _dgrad_columns(acc0, tile, rows, pixel, base, col, y, x_in, affine_in, rng, partial, threshold, keep, keep_low,
                        spec, COLS0, WIDE)  # fmt: skip
         if COLS1 > 0:
-            _dgrad_columns(acc1, tile, rows, pixel, base, col + COLS0, y, x_in, affine_in, rng, partial, threshold, keep,
-                           keep_low, spec, COLS1, WIDE)  # fmt: skip
+            _dgrad_columns(acc1, tile, rows, pixel, base, col + COLS0, y, x_in, affine_in, rng, partial, threshold,
+                           keep, keep_low, spec, COLS1, WIDE)  # fmt: skip
     else:
         _fprop_columns(acc0, tile, rows, pixel, base, col, y, y_act, residual, bias, out_scale, out_shift, rng, partial,
                        threshold, keep, keep_low, spec, COLS0, WIDE)  # fmt: skip
@@ -303,8 +306,17 @@ def row_tiles(problem_n: int, spec: ConvSpec, config: TileConfig) -> int:
     return -(-problem_n * spec.rows_h * spec.rows_w // config.rows)
 
 
-def launch(n: int, spec: ConvSpec, config: TileConfig, precision: str, drop_args: tuple, x: Tensor, w: Tensor, y: Tensor,
-           **tensors: Tensor | None) -> None:  # fmt: skip
+def launch(
+    n: int,
+    spec: ConvSpec,
+    config: TileConfig,
+    precision: str,
+    drop_args: tuple,
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    **tensors: Tensor | None,
+) -> None:
     """Run `_conv_kernel` on the current stream. `tensors` by the kernel's names; what is absent is None or left out."""
     given = [x if (t := tensors.get(name)) is None else t if t.dim() == 4 else t.contiguous() for name in _OPTIONAL]
     affine, x_short, w_short, affine_short, *rest = given
@@ -315,8 +327,8 @@ def launch(n: int, spec: ConvSpec, config: TileConfig, precision: str, drop_args
     )  # fmt: skip
 
 
-_OPTIONAL = ("affine", "x_short", "w_short", "affine_short", "y_act", "residual", "bias", "out_scale", "out_shift", "x_in",
-             "affine_in", "rng", "partial")  # fmt: skip
+_OPTIONAL = ("affine", "x_short", "w_short", "affine_short", "y_act", "residual", "bias", "out_scale", "out_shift",
+             "x_in", "affine_in", "rng", "partial")  # fmt: skip
 
 
 def wide(dtype: torch.dtype):

@@ -1,8 +1,8 @@
 """dgrad: g = conv_transpose(dy, w) * mask * act'(bn(x)) and the sums of g and g*xhat, by parity classes.
 
-At stride t the input pixels fall into t*t classes; a class meets a fixed subset of the taps and is a plain convolution of
-dy with it. Class (a, b) holds the pixels (t*i + a, t*j + b), reads dy at (i + first - u) for its taps u = 0, 1, ... and
-writes each of its pixels once. Stride 1 is the single class with all taps.
+At stride t the input pixels fall into t*t classes; a class meets a fixed subset of the taps and is a plain convolution
+of dy with it. Class (a, b) holds the pixels (t*i + a, t*j + b), reads dy at (i + first - u) for its taps u = 0, 1, ...
+and writes each of its pixels once. Stride 1 is the single class with all taps.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ def dgrad_specs(problem: ConvProblem, config: TileConfig) -> tuple[ConvSpec, ...
             s0, taps_w, first_w = axis_class(b, left, problem.S, t)
             rows_h, rows_w = -(-(problem.H - a) // t), -(-(problem.W - b) // t)
             inside = (
-                first_h - taps_h + 1 >= 0 and first_h + rows_h <= p and first_w - taps_w + 1 >= 0 and first_w + rows_w <= q
+                first_h - taps_h + 1 >= 0
+                and first_h + rows_h <= p
+                and first_w - taps_w + 1 >= 0
+                and first_w + rows_w <= q
             )
             specs.append(
                 ConvSpec(

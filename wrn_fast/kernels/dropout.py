@@ -1,4 +1,4 @@
-"""Elementwise passes that draw or apply: act(bn(x)), dropped or not, written once instead of made in a loop nine times."""
+"""Elementwise passes: act(bn(x)), dropped or not, written once instead of made in a loop nine times."""
 
 from __future__ import annotations
 
@@ -42,9 +42,10 @@ def apply(x: Tensor, affine: Tensor | None, rng: Tensor | None, act: str, slope:
     block_c = channel_block(channels)
     block_rows = BLOCK_ELEMENTS // block_c
     _apply_kernel[(-(-rows // block_rows), -(-channels // block_c))](
-        x, x if affine is None else affine, x if rng is None else rng.contiguous(), y, rows, *drop_args(p), CHANNELS=channels,
-        BN=affine is not None, CENTER=centered(x.dtype), ACT=ACTS[act], SLOPE=slope, DROP=rng is not None and p > 0,
-        BLOCK_ROWS=block_rows, BLOCK_C=block_c, WIDE=wide(x.dtype), num_warps=4, enable_fp_fusion=True,
+        x, x if affine is None else affine, x if rng is None else rng.contiguous(), y, rows, *drop_args(p),
+        CHANNELS=channels, BN=affine is not None, CENTER=centered(x.dtype), ACT=ACTS[act], SLOPE=slope,
+        DROP=rng is not None and p > 0, BLOCK_ROWS=block_rows, BLOCK_C=block_c, WIDE=wide(x.dtype), num_warps=4,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return y
 

@@ -22,8 +22,10 @@ def image64(config: TileConfig, image: int, *elements: int) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def fprop_spec(problem: ConvProblem, config: TileConfig, short_hw: tuple[int, int], scale: bool, shift: bool) -> ConvSpec:
-    """The compiled part of a call. `short_hw`: image of the shortcut's source; scale, shift: are out_scale, out_shift given?"""
+def fprop_spec(
+    problem: ConvProblem, config: TileConfig, short_hw: tuple[int, int], scale: bool, shift: bool
+) -> ConvSpec:
+    """The compiled part of a call. `short_hw`: image of the shortcut's source; scale, shift: are they given?"""
     left, right, top, bottom = problem.pad
     p, q = problem.P, problem.Q
     # Where the prologue is a pass of its own the loop reads plain values.
@@ -57,7 +59,11 @@ def fprop_spec(problem: ConvProblem, config: TileConfig, short_hw: tuple[int, in
         halo=max(problem.pad) > 0,
         select=max(top, bottom) >= problem.R or max(left, right) >= problem.S,
         image64=image64(
-            config, p * q, problem.H * problem.W * problem.C, p * q * problem.K, short_hw[0] * short_hw[1] * problem.short_C
+            config,
+            p * q,
+            problem.H * problem.W * problem.C,
+            p * q * problem.K,
+            short_hw[0] * short_hw[1] * problem.short_C,
         ),
         slope=problem.slope,
         center=centered(problem.dtype),

@@ -61,7 +61,9 @@ def check(op: str, problem: ConvProblem, config: TileConfig, precision: str, dev
     wrong = int((got != want.to(got.dtype)).sum())
     if not wrong:
         return None
-    return f"{tile} is miscompiled on this GPU by Triton {triton.__version__}: {wrong} of {got.numel()} integers are wrong"
+    return (
+        f"{tile} is miscompiled on this GPU by Triton {triton.__version__}: {wrong} of {got.numel()} integers are wrong"
+    )
 
 
 def integers(op: str, problem: ConvProblem, config: TileConfig) -> tuple[ConvProblem, dict[str, Tensor | None]]:
@@ -135,7 +137,8 @@ def _file_name(device: torch.device) -> str:
     sources = sorted(Path(__file__).parent.glob("*.py"))
     kernels = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    driver = torch._C._cuda_getDriverVersion() if device.type == "cuda" and torch.version.cuda else 0
+    on_cuda = device.type == "cuda" and torch.version.cuda
+    driver = torch._C._cuda_getDriverVersion() if on_cuda else 0  # type: ignore[attr-defined]
     versions = (str(_FORMAT), gpu, str(driver), torch.__version__, str(torch.version.hip), triton.__version__)
     return hashlib.sha256("\n".join((*versions, kernels)).encode()).hexdigest()[:32] + ".json"
 

@@ -52,7 +52,7 @@ def _merge_kernel(partial, out, tiles, total, tile_rows, CHANNELS: tl.constexpr,
 
 
 def merge(partial: Tensor, total: int, tile_rows: int, sums: bool) -> Tensor:
-    """[2, C] from `partial` [tiles, 2, C]: (mean, biased variance) of `total` rows, `tile_rows` a tile; or plain sums."""
+    """[2, C] from `partial` [tiles, 2, C]: mean and variance of `total` rows, `tile_rows` a tile; or plain sums."""
     channels = partial.shape[2]
     block_c = min(32, triton.next_power_of_2(channels))
     while True:
@@ -131,7 +131,9 @@ def centered(dtype: torch.dtype) -> bool:
     return dtype.itemsize > 2
 
 
-def affine(stats: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor | None:
+def affine(
+    stats: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float, dtype: torch.dtype
+) -> Tensor | None:
     """[4, C] of `_affine_kernel` for an x of `dtype`; None without statistics."""
     if stats is None:
         return None

@@ -167,7 +167,8 @@ def wgrad_spec(problem: ConvProblem, config: TileConfig) -> WgradSpec:
         slope=problem.slope,
         center=centered(problem.dtype),
         index64=problem.index64,
-        linear=(problem.H, problem.W) == (problem.P * problem.stride, problem.Q * problem.stride) and config.red % problem.Q == 0,
+        linear=(problem.H, problem.W) == (problem.P * problem.stride, problem.Q * problem.stride)
+        and config.red % problem.Q == 0,
         source=source,
         bn=source and problem.prologue,
         act=ACTS[problem.act],
@@ -205,7 +206,10 @@ def wgrad(
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
     )  # fmt: skip
     dw = torch.empty(
-        (problem.K, problem.C, problem.R, problem.S), dtype=problem.w_dtype, device=x.device, memory_format=torch.channels_last
+        (problem.K, problem.C, problem.R, problem.S),
+        dtype=problem.w_dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
     )
     _add_slabs_kernel[(taps, -(-problem.C // 32), -(-problem.K // 64))](
         slab, dw, splits, C=problem.C, K=problem.K, TAPS=taps, BLOCK_C=32, BLOCK_K=64, WIDE=wide(x.dtype), num_warps=4,

@@ -1,8 +1,8 @@
 """Measured tiles: JSON files, one a GPU, that the written rule gives way to. `wrn-fast tune` is their only writer.
 
-Looked up in this order: `WRN_FAST_TUNED_DIR`, the user's cache folder, the files beside this one; in each a file of
-the very GPU goes before one of its architecture. A file is an object of `format`, `head` (what was measured on what) and
-`rows`; the schema is closed: a field too many is an error.
+Looked up in this order: `WRN_FAST_TUNED_DIR` or the user's cache folder, then the files beside this one; in each a file
+of the very GPU goes before one of its architecture. A file is an object of `format`, `head` (what was measured on what)
+and `rows`; the schema is closed: a field too many is an error.
 """
 
 from __future__ import annotations

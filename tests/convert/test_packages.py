@@ -1,0 +1,77 @@
+"""Packages from PyPI that build such networks (optional): pytorchcv, robustbench, torch-uncertainty, torchattacks."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from convert.networks import assert_equal, observe, randomised, twins
+from families import family_x
+
+from wrn_fast.block import FastBlock
+from wrn_fast.convert import report
+
+
+def module_of(package, *inside):
+    """One file of an installed package, without the package's own imports (data sets, other frameworks)."""
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        pytest.skip(f"{package} is not installed")
+    path = Path(spec.submodule_search_locations[0]).joinpath(*inside)
+    name = f"{package}_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def robustbench(file):
+    return module_of("robustbench", "model_zoo", "architectures", f"{file}.py")
+
+
+def dm(**options):
+    module = robustbench("dm_wide_resnet")
+    options = {k: getattr(module, v) if isinstance(v, str) else v for k, v in options.items()}
+    return module.DMWideResNet(num_classes=10, width=1, **options)
+
+
+NETWORKS = {
+    "robustbench X": (lambda: robustbench("wide_resnet").WideResNet(depth=16, widen_factor=1), 6),
+    "robustbench sub_block1": (
+        lambda: robustbench("wide_resnet").WideResNet(depth=10, widen_factor=1, sub_block1=True),
+        4,
+    ),
+    "robustbench DM": (lambda: dm(depth=16), 6),
+    "robustbench DM Swish": (lambda: dm(depth=10, activation_fn="Swish", mean="CIFAR10_MEAN", std="CIFAR10_STD"), 3),
+    "pytorchcv": (
+        lambda: pytest.importorskip("pytorchcv.models.wrn_cifar").get_wrn_cifar(
+            num_classes=10, blocks=16, width_factor=1
+        ),
+        6,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_packages_network_is_accelerated_and_equal(name):
+    make, blocks = NETWORKS[name]
+    plain, fast = twins(randomised(make()).double())
+    assert sum(isinstance(m, FastBlock) for m in fast.modules()) == blocks
+    assert not report(fast).left
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    for training in (True, False):
+        assert_equal(observe(fast, x, training), observe(plain, x, training))
+
+
+def test_projected_gradient_descent_of_torchattacks():
+    torchattacks = pytest.importorskip("torchattacks")
+    plain, fast = (m.eval() for m in twins(randomised(family_x.WideResNet(10, 10, 1)).double()))
+    x, y = torch.rand(2, 3, 32, 32, dtype=torch.float64), torch.tensor([1, 2])
+    results = []
+    for model in (plain, fast):
+        attack = torchattacks.PGD(model, eps=8 / 255, alpha=2 / 255, steps=4, random_start=False)
+        results.append(attack(x, y))
+    # signs of gradients: equal wherever no gradient is zero but for rounding
+    assert (results[0] != results[1]).double().mean() < 2**-10
+    assert (results[0] - x).abs().max() > 4 / 255
