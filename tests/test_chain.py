@@ -1,5 +1,7 @@
 """A run of blocks in one call: bit for bit what its operators give, and only where nobody could tell the difference."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -129,3 +131,17 @@ def test_weights_that_change_are_seen(monkeypatch):
         assert torch.equal(model(x)[0], by_operators(model, x, monkeypatch)[0])
         monkeypatch.setenv("WRN_FAST_PACK_CACHE", "0")
         assert torch.equal(model(x)[0], by_operators(model, x, monkeypatch)[0])
+
+
+def test_two_python_threads_share_a_model():
+    """Scratch memory is each calling thread's own."""
+    model, images = network(), [torch.randn(2, 3, 32, 32) for _ in range(2)]
+    with torch.no_grad():
+        want = [model(x)[0] for x in images]
+
+    def repeat(i):
+        with torch.no_grad():
+            return all(torch.equal(model(images[i])[0], want[i]) for _ in range(20))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(repeat, range(2))) == [True, True]

@@ -59,7 +59,18 @@ def test_a_pack_dies_with_its_weight():
 def test_another_tensor_with_the_same_address_is_another_filter():
     w = torch.randn(4, 3, 3, 3)
     ask(w), ask(w)
-    assert ask(w.detach()) is None
+    twin = w.detach()
+    assert ask(twin) is None
+    packing._entries[id(twin)] = packing._entries[id(w)]
+    assert ask(twin) is None, "an id that was used before says nothing"
+
+
+def test_the_unsampled_element():
+    """Two of the changes below would prove nothing if the fingerprint read what they edit."""
+    w = Net().first.weight
+    before = fingerprint(w)
+    w.data[UNSAMPLED] += 1.0
+    assert fingerprint(w) == before
 
 
 def test_the_switch(monkeypatch):
@@ -92,6 +103,10 @@ class Net(nn.Module):
         return bn_act_conv(
             h, self.second.weight, stride=2, x_short=x, w_short=self.short.weight, short_stride=2, short_act="relu"
         ).y
+
+
+# The fingerprint does not read it.
+UNSAMPLED = (0, 0, 0, 1)
 
 
 def fresh(model):
@@ -139,7 +154,7 @@ def move_layout(model, x):
 
 def in_place(model, x):
     with torch.no_grad():
-        model.first.weight[0, 0, 0, 0] += 1.0
+        model.first.weight[UNSAMPLED] += 1.0
 
 
 def through_numpy(model, x):
@@ -147,7 +162,7 @@ def through_numpy(model, x):
 
 
 def hidden_element(model, x):
-    model.first.weight.data[0, 0, 0, 0] += 1.0
+    model.first.weight.data[UNSAMPLED] += 1.0
     packing.refresh(model)
 
 

@@ -34,7 +34,8 @@ def _composite_wanted() -> bool:
 
 def _autocasts(x: Tensor) -> bool:
     kind = x.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype in _AUTOCAST
+    # PyTorch raises for meta; to ask whether it knows the device breaks the graph under torch 2.11's compiler.
+    return kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype in _AUTOCAST
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

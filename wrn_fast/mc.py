@@ -87,9 +87,14 @@ def mc_predict(
         parts = [_summary(*_sampled(model, _images(batch), samples, budget)) for batch in batches]
     if not parts:
         raise WrnFastError("`x_or_loader`: expected at least one batch, got none")
-    mean, variance, entropy, information = (torch.cat([p[i] for p in parts]) for i in range(4))
-    features = None if parts[0].features is None else torch.cat([p.features for p in parts], 1)
-    return MCPrediction(mean, variance, entropy, information, features)
+    samples_of = [p.features for p in parts if p.features is not None]
+    return MCPrediction(
+        torch.cat([p.mean for p in parts]),
+        torch.cat([p.variance for p in parts]),
+        torch.cat([p.entropy for p in parts]),
+        torch.cat([p.mutual_information for p in parts]),
+        torch.cat(samples_of, 1) if samples_of else None,
+    )
 
 
 def _images(batch: Any) -> Tensor:
@@ -242,12 +247,9 @@ def _stage(model: nn.Module, x: Tensor) -> _Stage:
     """The shared road where the model is our own and nobody listens to its parts."""
     if not isinstance(model, WideResNet) or hooked(model):
         return _Stage(model, x)
-    groups = (model.block1, model.block2, model.block3)
-    if not all(isinstance(g, NetworkBlock) and g.units()[0] is not g for g in groups):
-        return _Stage(model, x)
     found: list[BlockParts] = []
-    for group in groups:
-        for unit in group.units():
+    for group in (model.block1, model.block2, model.block3):
+        for unit in group.units() if isinstance(group, NetworkBlock) else [group]:
             parts = unit.parts() if isinstance(unit, FastBlock) and not hooked(unit) else None  # type: ignore[arg-type]
             if parts is None:
                 return _Stage(model, x)

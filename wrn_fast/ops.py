@@ -76,7 +76,7 @@ def _dense(w: Tensor | None) -> Tensor | None:
 
 
 def _run(op: str, problem: ConvProblem, *tensors: Tensor | None) -> Any:
-    """Calls the chosen backend with autograd and autocast off: what to cast was settled before the operator was called."""
+    """Calls the chosen backend without autograd and autocast: what to cast was settled before the operator."""
     module = aten if problem.N == 0 else dispatch.choose(op, problem)
     function = getattr(module, op)
     # A primitive without a gradient comes here with autograd still on when it is called by hand or by a traced graph.

@@ -11,16 +11,16 @@
 namespace wrn_fast {
 
 struct Kernels {
-    const char* name;
-    int vector_length;  // floats
-    int panel_width;    // output channels in one packed weight panel: part of the key of a cached pack
+  const char* name;
+  int vector_length;  // floats
+  int panel_width;    // output channels in one packed weight panel: part of the key of a cached pack
 
-    // conv.cpp: see the argument structs in problem.h. std::bad_alloc when scratch cannot be had.
-    void (*fprop)(const FpropArgs&);
-    void (*dgrad)(const DgradArgs&);
-    void (*wgrad)(const WgradArgs&);
-    int64_t (*packed_size)(const PackArgs&);  // floats
-    void (*pack)(const PackArgs&);
+  // conv.cpp: see the argument structs in problem.h. std::bad_alloc when scratch cannot be had.
+  void (*fprop)(const FpropArgs&);
+  void (*dgrad)(const DgradArgs&);
+  void (*wgrad)(const WgradArgs&);
+  int64_t (*packed_size)(const PackArgs&);  // floats
+  void (*pack)(const PackArgs&);
 };
 
 // Throws std::invalid_argument when WRN_FAST_ISA names a set that this processor or this build lacks.
@@ -29,15 +29,21 @@ const Kernels& kernels();
 // Null when this build lacks it; does not ask the processor.
 const Kernels* kernels_named(const char* name);
 
-// The documented policy: which algorithm an exact-by-default fp32/bf16 call runs. It reads the shape and the batch, never
-// the thread count, so bits depend on the batch only here; `pin_batch` answers as for a large batch.
+// The documented policy: which algorithm an exact-by-default fp32/bf16 call runs. It reads the shape and the batch,
+// never the thread count, so bits depend on the batch only here; `pin_batch` answers as for a large batch.
 Algo choose_algo(const ConvShape& shape, bool dgrad, bool pin_batch);
 
 // f4 stands for F(3x3,4x4): there is no f2 form.
 Algo choose_wgrad_algo(const ConvShape& shape);
 
-namespace avx512 { extern const Kernels table; }
-namespace avx2 { extern const Kernels table; }
-namespace portable { extern const Kernels table; }
+namespace avx512 {
+extern const Kernels table;
+}
+namespace avx2 {
+extern const Kernels table;
+}
+namespace portable {
+extern const Kernels table;
+}
 
 }  // namespace wrn_fast

@@ -166,7 +166,14 @@ class StoresItsFeature(Plain):
         return x + self.conv2(self.feature)
 
 
+class SizeDependent(Plain):
+    def forward(self, x):
+        out = self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x))))))
+        return x + out if x.shape[-1] < 20 else x + 2 * out
+
+
 REASONS = {
+    SizeDependent: "no known family",
     StoresItsFeature: "stores feature on the module",
     PostActivation: "conv bn relu conv bn add relu",
     SqueezeExcite: "mean",

@@ -172,7 +172,8 @@ def heuristic(op: str, problem: ConvProblem, arch: Arch) -> TileConfig:
         if -(-pixels // rows) * -(-columns // sum(cols)) >= 0.9 * arch.sms:
             break
     red = block(reduction(op, problem), steps)
-    warps = 8 if rows * sum(cols) > 64 * 160 else 4
+    # Split float32 operands take twice the registers: 128 x 80 by 4 warps spills up to 152 bytes on sm_80.
+    warps = 8 if rows * sum(cols) > (64 * 160 if size == 2 else 64 * 80) else 4
     # A 3x3 loop makes act(bn(x)) nine times. That starves the tensor cores of a tile of 160 columns (issue 1.5 against
     # 0.7 without), not of one of 320 (0.67); up to 64 channels a layer is bound by memory, and a pass of its own is two
     # more tensors of traffic.

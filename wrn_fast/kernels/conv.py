@@ -82,7 +82,7 @@ class ConvSpec:
     out_shift: bool = False
     drop_y: bool = False  # fprop: y; dgrad: the prologue's mask
     drop_act: bool = False
-    stats: bool = False  # fprop: (mean, M2) a tile; dgrad: sums of g and g*xhat
+    stats: bool = False  # fprop: (pivot, offset, M2) a tile; dgrad: sums of g and g*xhat
     in_bn: bool = False  # dgrad's epilogue: BatchNorm and activation of x
     in_act: int = 0
 
@@ -134,10 +134,11 @@ def _fprop_columns(acc, tile, rows, pixel, base, col, y, y_act, residual, bias, 
             z = drop(z, kept, keep, keep_low, WIDE)
         tl.store(y_act + base + index, round_to(z, y_act.dtype.element_ty), mask=valid)
     if spec.stats:
-        mean, m2 = tile_stats(v, rows, valid, WIDE)
-        part = partial + tile.to(tl.int64) * (2 * COLS)
-        tl.store(part + k, mean, mask=km)
-        tl.store(part + COLS + k, m2, mask=km)
+        pivot, offset, m2 = tile_stats(v, rows, valid, WIDE)
+        part = partial + tile.to(tl.int64) * (3 * COLS)
+        tl.store(part + k, pivot, mask=km)
+        tl.store(part + COLS + k, offset, mask=km)
+        tl.store(part + 2 * COLS + k, m2, mask=km)
 
 
 @triton.jit

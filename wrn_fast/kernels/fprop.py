@@ -133,7 +133,7 @@ def fprop(
     partial = None
     if spec.stats:
         tiles = conv.row_tiles(problem.N, spec, config)
-        partial = torch.empty((tiles, 2, problem.K), dtype=problem.stats_dtype, device=x.device)
+        partial = torch.empty((tiles, 3, problem.K), dtype=problem.stats_dtype, device=x.device)
     table = affine(stats, gamma, beta, problem.eps, x.dtype)
     source = x
     if not spec.source and (problem.prologue or problem.act != "identity" or problem.drop_at == "prologue"):
@@ -148,5 +148,5 @@ def fprop(
         rng=rng if spec.drop_y or spec.drop_act else None, partial=partial,
     )  # fmt: skip
     if partial is not None:
-        stats_y = merge(partial, problem.N * problem.P * problem.Q, config.rows, False)
+        stats_y = merge(partial, problem.N * problem.P * problem.Q, config.rows)
     return y, stats_y, y_act

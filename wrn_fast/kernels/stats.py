@@ -1,8 +1,9 @@
 """Per-channel statistics: partial results of tiles merged in a fixed order, and BatchNorm's vectors made from them.
 
-A tile leaves (mean, M2) of its rows, or two plain sums; its count follows from its index, so it is not stored. Merging
-takes 64 tiles at a time, in index order, until one is left: no atomics, so two runs are bit-equal, and no difference of
-large sums, so a channel with mean 1000 and variance 1 keeps its digits.
+A tile leaves (pivot, offset, M2) of its rows, with mean = pivot + offset, or two plain sums; its count follows from its
+index, so it is not stored. Merging takes 64 tiles at a time, in index order, until one is left: no atomics, so two runs
+are bit-equal, and only differences of pivots, which are exact, so a channel with mean 1000 and variance 1 keeps its
+digits (Chan, Golub, LeVeque 1983).
 """
 
 from __future__ import annotations
@@ -19,59 +20,87 @@ from wrn_fast.problem import ConvProblem
 GROUP = 64  # tiles that one program merges
 
 
+@triton.jit(do_not_specialize=["tiles"])
+def _add_kernel(partial, out, tiles, CHANNELS: tl.constexpr, GROUP: tl.constexpr, BLOCK_C: tl.constexpr):
+    """out[group] = sum of partial[group*GROUP ...], both [tiles, 2, CHANNELS]. Program 2: which of the two."""
+    group = tl.program_id(0)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    t = group * GROUP + tl.arange(0, GROUP)
+    at = t.to(tl.int64)[:, None] * (2 * CHANNELS) + tl.program_id(2) * CHANNELS + c[None, :]
+    v = tl.load(partial + at, mask=(t < tiles)[:, None] & (c < CHANNELS)[None, :], other=0.0)
+    o = out + group.to(tl.int64) * (2 * CHANNELS) + tl.program_id(2) * CHANNELS + c
+    tl.store(o, tl.sum(v, 0), mask=c < CHANNELS)
+
+
 @triton.jit(do_not_specialize=["tiles", "total", "tile_rows"])
-def _merge_kernel(partial, out, tiles, total, tile_rows, CHANNELS: tl.constexpr, SUMS: tl.constexpr,
-                  FINAL: tl.constexpr, GROUP: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """out[group] from partial[group*GROUP ...], both [tiles, 2, CHANNELS]. FINAL divides M2 by the count: variance."""
+def _merge_kernel(partial, out, tiles, total, tile_rows, CHANNELS: tl.constexpr, FINAL: tl.constexpr,
+                  GROUP: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """out[group] from partial[group*GROUP ...], both [tiles, 3, CHANNELS]. FINAL writes [2, CHANNELS]."""
     group = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m = c < CHANNELS
     t = group * GROUP + tl.arange(0, GROUP)
     valid = (t < tiles)[:, None] & m[None, :]
-    at = t.to(tl.int64)[:, None] * (2 * CHANNELS) + c[None, :]
-    p = tl.load(partial + at, mask=valid, other=0.0)
-    q = tl.load(partial + CHANNELS + at, mask=valid, other=0.0)
-    if SUMS:
-        a = tl.sum(p, 0)
-        b = tl.sum(q, 0)
+    at = t.to(tl.int64)[:, None] * (3 * CHANNELS) + c[None, :]
+    pivot = tl.load(partial + at, mask=valid, other=0.0)
+    offset = tl.load(partial + CHANNELS + at, mask=valid, other=0.0)
+    m2 = tl.load(partial + 2 * CHANNELS + at, mask=valid, other=0.0)
+    left = total - t.to(tl.int64) * tile_rows
+    count = tl.where(left > tile_rows, tile_rows, tl.where(left > 0, left, 0)).to(WIDE)
+    n = tl.sum(count, 0)
+    start = tl.load(partial + group.to(tl.int64) * (GROUP * 3 * CHANNELS) + c, mask=m, other=0.0)
+    d = tl.where(valid, pivot - start[None, :] + offset, 0.0)
+    mean = tl.sum(d * count[:, None], 0) / n
+    e = tl.where(valid, d - mean[None, :], 0.0)
+    squares = tl.sum(m2 + e * e * count[:, None], 0)
+    if FINAL:
+        tl.store(out + c, start + mean, mask=m)
+        tl.store(out + CHANNELS + c, squares / n, mask=m)
     else:
-        left = total - t.to(tl.int64) * tile_rows
-        count = tl.where(left > tile_rows, tile_rows, tl.where(left > 0, left, 0)).to(WIDE)
-        n = tl.sum(count, 0)
-        # Distances from the group's first mean: a large common mean costs no digits.
-        start = tl.load(partial + group.to(tl.int64) * (GROUP * 2 * CHANNELS) + c, mask=m, other=0.0)
-        d = tl.where(valid, p - start[None, :], 0.0)
-        a = start + tl.sum(d * count[:, None], 0) / n
-        e = tl.where(valid, p - a[None, :], 0.0)
-        b = tl.sum(q + e * e * count[:, None], 0)
-        if FINAL:
-            b = b / n
-    o = out + group.to(tl.int64) * (2 * CHANNELS) + c
-    tl.store(o, a, mask=m)
-    tl.store(o + CHANNELS, b, mask=m)
+        o = out + group.to(tl.int64) * (3 * CHANNELS) + c
+        tl.store(o, start, mask=m)
+        tl.store(o + CHANNELS, mean, mask=m)
+        tl.store(o + 2 * CHANNELS, squares, mask=m)
 
 
-def merge(partial: Tensor, total: int, tile_rows: int, sums: bool) -> Tensor:
-    """[2, C] from `partial` [tiles, 2, C]: mean and variance of `total` rows, `tile_rows` a tile; or plain sums."""
+def merge(partial: Tensor, total: int, tile_rows: int) -> Tensor:
+    """[2, C]: mean and biased variance of `total` rows from `partial` [tiles, 3, C], `tile_rows` rows a tile."""
     channels = partial.shape[2]
     block_c = min(32, triton.next_power_of_2(channels))
     while True:
         tiles = partial.shape[0]
         groups = -(-tiles // GROUP)
-        out = torch.empty((groups, 2, channels), dtype=partial.dtype, device=partial.device)
+        final = groups == 1
+        shape = (2, channels) if final else (groups, 3, channels)
+        out = torch.empty(shape, dtype=partial.dtype, device=partial.device)
         _merge_kernel[(groups, -(-channels // block_c))](
-            partial, out, tiles, total, tile_rows, CHANNELS=channels, SUMS=sums, FINAL=groups == 1, GROUP=GROUP,
-            BLOCK_C=block_c, WIDE=wide(partial.dtype), num_warps=4, enable_fp_fusion=True,
+            partial, out, tiles, total, tile_rows, CHANNELS=channels, FINAL=final, GROUP=GROUP, BLOCK_C=block_c,
+            WIDE=wide(partial.dtype), num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
-        if groups == 1:
-            return out[0]
+        if final:
+            return out
         partial, tile_rows = out, tile_rows * GROUP
+
+
+def add(partial: Tensor) -> Tensor:
+    """[2, C]: the sums over tiles of `partial` [tiles, 2, C]."""
+    channels = partial.shape[2]
+    block_c = min(32, triton.next_power_of_2(channels))
+    while partial.shape[0] > 1:
+        tiles = partial.shape[0]
+        groups = -(-tiles // GROUP)
+        out = torch.empty((groups, 2, channels), dtype=partial.dtype, device=partial.device)
+        _add_kernel[(groups, -(-channels // block_c), 2)](
+            partial, out, tiles, CHANNELS=channels, GROUP=GROUP, BLOCK_C=block_c, num_warps=4, enable_fp_fusion=True
+        )
+        partial = out
+    return partial[0]
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _channel_stats_kernel(x, partial, rows, CHANNELS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
                           WIDE: tl.constexpr):  # fmt: skip
-    """(mean, M2) of BLOCK_ROWS pixels, a channel. Reads x once."""
+    """(pivot, offset, M2) of BLOCK_ROWS pixels, a channel. Reads x once."""
     tile = tl.program_id(0)
     r = tile.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -79,10 +108,11 @@ def _channel_stats_kernel(x, partial, rows, CHANNELS: tl.constexpr, BLOCK_ROWS: 
     inside = r < rows
     valid = inside[:, None] & m[None, :]
     v = tl.load(x + r[:, None] * CHANNELS + c[None, :], mask=valid, other=0.0).to(WIDE)
-    mean, m2 = tile_stats(v, inside, valid, WIDE)
-    part = partial + tile.to(tl.int64) * (2 * CHANNELS) + c
-    tl.store(part, mean, mask=m)
-    tl.store(part + CHANNELS, m2, mask=m)
+    pivot, offset, m2 = tile_stats(v, inside, valid, WIDE)
+    part = partial + tile.to(tl.int64) * (3 * CHANNELS) + c
+    tl.store(part, pivot, mask=m)
+    tl.store(part + CHANNELS, offset, mask=m)
+    tl.store(part + 2 * CHANNELS, m2, mask=m)
 
 
 def channel_block(channels: int) -> int:
@@ -96,12 +126,12 @@ def channel_stats(problem: ConvProblem, x: Tensor) -> Tensor:
     block_c = channel_block(problem.C)
     block_rows = 8192 // block_c
     tiles = -(-rows // block_rows)
-    partial = torch.empty((tiles, 2, problem.C), dtype=problem.stats_dtype, device=x.device)
+    partial = torch.empty((tiles, 3, problem.C), dtype=problem.stats_dtype, device=x.device)
     _channel_stats_kernel[(tiles, -(-problem.C // block_c))](
         x, partial, rows, CHANNELS=problem.C, BLOCK_ROWS=block_rows, BLOCK_C=block_c, WIDE=wide(x.dtype), num_warps=4,
         enable_fp_fusion=True,
     )  # fmt: skip
-    return merge(partial, rows, block_rows, False)
+    return merge(partial, rows, block_rows)
 
 
 @triton.jit

@@ -92,6 +92,7 @@ def verify(
         _no_dropout(base)
         _no_dropout(plain)
     _check_fit(base, plain)
+    plain.load_state_dict(base.state_dict(), strict=True)
     rule = "pooled" if _smooth(plain) else "median"
     first_seed = int(torch.randint(2**31, ())) if first_seed is None else first_seed
     pools: dict[tuple[torch.dtype, str], parity.Pool] = {}
@@ -107,10 +108,10 @@ def verify(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for seed in range(first_seed, first_seed + seeds):
             generator = torch.Generator().manual_seed(seed)
-            if randomize:
-                _randomize(base, generator)
-            plain.load_state_dict(base.state_dict(), strict=True)
             images = [torch.randn(batch, channels, size, size, generator=generator).double() for _ in range(steps)]
+            if randomize:
+                _randomize(plain, images[0], generator)
+                base.load_state_dict(plain.state_dict(), strict=True)
             task = Task(images, seed)
             oracle = _masked(copy.deepcopy(plain).double())
             if seed == first_seed and not masks:
@@ -237,23 +238,34 @@ def _mask_block(block: reference.BasicBlock) -> None:
 
 
 @torch.no_grad()
-def _randomize(model: nn.Module, generator: torch.Generator) -> None:
-    """BatchNorm away from 1, 0, 0, 1, with negative scales and one that is zero."""
-    for m in model.modules():
-        if not isinstance(m, nn.modules.batchnorm._BatchNorm):
-            continue
+def _randomize(plain: nn.Module, images: Tensor, generator: torch.Generator) -> None:
+    """BatchNorm away from 1, 0, 0, 1, at the scale of a trained network.
 
-        def draw(low: float, high: float, like: Tensor) -> Tensor:
-            return torch.empty(like.shape).uniform_(low, high, generator=generator).to(like.device)
+    Affine parameters are drawn, a few scales negative and one zero; statistics are those of `images`, then moved.
+    Statistics that do not belong to the activations would let them grow from block to block, and the outputs would
+    show the last blocks only.
+    """
 
+    def draw(low: float, high: float, like: Tensor) -> Tensor:
+        return torch.empty(like.shape).uniform_(low, high, generator=generator).to(like.device)
+
+    layers: list[Any] = [m for m in plain.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [m.momentum for m in layers]
+    for m in layers:
+        m.reset_running_stats()
+        m.momentum = None
         if m.affine:
             scale = draw(0.5, 1.5, m.weight) * torch.where(draw(0.0, 1.0, m.weight) < 0.125, -1.0, 1.0)
             scale[0] = 0.0
             m.weight.copy_(scale)
             m.bias.copy_(draw(-0.5, 0.5, m.bias))
+    weight = next(plain.parameters())
+    plain.train()(images.to(weight.device, weight.dtype))
+    for m, momentum in zip(layers, momenta):
+        m.momentum = momentum
         if m.running_mean is not None and m.running_var is not None:
-            m.running_mean.copy_(draw(-0.5, 0.5, m.running_mean))
-            m.running_var.copy_(draw(0.5, 2.0, m.running_var))
+            m.running_mean.add_(draw(-0.5, 0.5, m.running_mean) * m.running_var.sqrt())
+            m.running_var.mul_(draw(0.5, 2.0, m.running_var))
 
 
 def misfit(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | None:
