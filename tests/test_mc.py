@@ -34,7 +34,7 @@ def test_mask_for_mask(head, memory, monkeypatch):
     net, x, samples = ours(head, depth=16), image(), 3
     with noted_draws(monkeypatch) as draws:
         got = mc_predict(net, x, samples, memory=memory)
-    sizes = [1, 1, 1] if memory else [1, 2]
+    sizes = [1, 1, 1] if memory else [3]
     assert len(draws) == len(sizes) * 6
     plain = reference.WideResNet(16, 5, 1, 0.3, head=head).double().eval()
     plain.load_state_dict(net.state_dict())
@@ -88,7 +88,7 @@ def test_equal_in_distribution_to_separate_forwards(name):
 def test_what_lies_before_the_first_dropout_runs_once():
     net, x = ours(depth=16), image()
     counts = calls(lambda: mc_predict(net, x, 9))
-    assert counts["fprop"] == 1 + 2 * 11  # conv1 of the first block; then one sample, and eight at once
+    assert counts["fprop"] == 1 + 11  # conv1 of the first block; then nine samples at once
     counts = calls(lambda: mc_predict(net, x, 9, memory=1))
     assert counts["fprop"] == 1 + 9 * 11
 

@@ -180,10 +180,13 @@ class _Largest(TorchDispatchMode):
 def _sampled(model: nn.Module, x: Tensor, samples: int, budget: int) -> tuple[Tensor, Tensor | None]:
     """(outputs [S, N, K], features [S, N, F] or None)."""
     stage = _stage(model, x)
-    with _Largest() as largest:
-        first = stage.finish(1)
-    room = max(1, int(budget // (_ALIVE * largest.nbytes)))
-    runs, left = [first], samples - 1
+    runs, left = [], samples
+    largest = stage.largest
+    if not largest:
+        with _Largest() as seen:
+            runs.append(stage.finish(1))
+        largest, left = seen.nbytes, samples - 1
+    room = max(1, int(budget // (_ALIVE * largest)))
     while left > 0:
         count = min(room, left)
         runs.append(stage.finish(count))
@@ -194,6 +197,8 @@ def _sampled(model: nn.Module, x: Tensor, samples: int, budget: int) -> tuple[Te
 
 class _Stage:
     """A model with its input: `finish(s)` gives s samples as ([s, N, K], [s, N, F] or None)."""
+
+    largest = 0  # bytes of the largest activation of one sample; 0: a first sample has to tell
 
     def __init__(self, model: nn.Module, x: Tensor) -> None:
         self.model, self.x = model, x
@@ -230,6 +235,8 @@ class _SharedStage(_Stage):
             y, _ = run_block(before, y, None)
         self.first, self.rest, self.y = parts[at], parts[at + 1 :], y
         self.entered = enter_block(self.first, y, None)
+        # groups halve each side and double the width: what comes later is smaller
+        self.largest = max(y.nbytes, self.entered[1].nbytes)
 
     def finish(self, count: int) -> list[Tensor | None]:
         """From the first dropout on."""

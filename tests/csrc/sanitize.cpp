@@ -242,14 +242,14 @@ bool dgrad(const Kernels& k) {
 }
 
 bool wgrad(const Kernels& k) {
-  Problem p;
-  while (p.s.R != 3 || p.s.S != 3 || p.s.stride != 1) p = Problem();
+  const Problem p;
   const ConvShape& s = p.s;
   Tensor dy(p.outputs(), p.dtype), x(p.inputs(), p.dtype), dw(p.weights(), DType::f32);
   const Affine affine(s.C);
   WgradArgs args;
   args.shape = s;
   args.dtype = p.dtype;
+  args.algo = p.algo == Algo::direct ? Algo::direct : Algo::f4;
   args.threads = p.threads;
   args.dy = dy.data();
   args.x = x.data();

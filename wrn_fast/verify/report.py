@@ -37,7 +37,9 @@ class Row:
     def text(self) -> tuple[str, ...]:
         """The row in the order of `COLUMNS`."""
         nchw = "-" if self.ratio_nchw is None else _figure(self.ratio_nchw, ".2f")
-        verdict = self.verdict if not self.bad else f"{self.verdict} ({self.bad})"
+        verdict = f"{self.verdict} ({self.bad})" if self.bad else self.verdict
+        if not self.bad and self.err_fast > self.bound:
+            verdict += ", flips"
         ratio = _figure(self.ratio, ".2f")
         errors = _figure(self.err_fast, ".1e"), _figure(self.err_eager, ".1e")
         return self.quantity, self.dtype, str(self.tensors), self.worst, *errors, ratio, nchw, verdict
@@ -187,13 +189,16 @@ column is the ratio to NCHW). A row stands for all tensors of its quantity and s
 
 The rule: `rms(err fast) <= {ratio} * rms(err eager) + u` over at least {seeds} seeds, u one unit roundoff of the dtype;
 in float64 at most {float64:g}. One seed alone proves nothing: near the rounding limit both errors are luck.
-Gradients and optimizer steps of a ReLU network are judged by medians over the seeds: one pre-activation near zero that
-changes sign moves a gradient by 1e-3, on either side. A row whose expected values are more than {zeros:.0%} zeros is
-`mistrusted`. Single convolutions have absolute bounds: F(4x4) {f4:g}, F(2x2) {f2:g}, wgrad {wgrad:g}.
+Gradients and optimizer steps of a ReLU network are judged by medians over the seeds: a pre-activation near zero that
+changes sign moves a gradient by 1e-3, on either side. `ok, flips`: the medians differ by more than {ratio}, but by luck:
+fast is beyond {ratio} times eager in fewer than 15 of 16 pairs of seeds. The table with act='silu' has no such luck,
+and its gradients are pooled as well. A row whose expected values are more than {zeros:.0%} zeros is `mistrusted`.
+Single convolutions have absolute bounds: F(4x4) {f4:g}, F(2x2) {f2:g}, wgrad {wgrad:g}; the last holds for the gradient
+of a filter here.
 
-The statistics of BatchNorm and its affine parameters are drawn at random: with those of a fresh network (1 and 0) many
-faults do not show. Running statistics and the change of every weight after the optimizer steps are compared as well,
-then outputs again, from the same object: nothing derived from old weights may be left.
+BatchNorm's affine parameters are drawn at random, and its statistics near those of the images: with those of a fresh
+network (1 and 0) many faults do not show. Running statistics and the change of every weight after the optimizer steps
+are compared as well, then outputs again, from the same object: nothing derived from old weights may be left.
 Dropout: the drop-in draws its masks from a counter-based generator and stores none, so for the same seed they differ
 from those of `F.dropout`. For this table the reference drops by the drop-in's masks; models of others run without
 dropout.
