@@ -254,7 +254,7 @@ def test_what_does_not_fit_together_is_an_error(seed):
         small(Pair(keys=("a", "c")), Pair(), first_seed=seed)
     with pytest.raises(WrnFastError, match="output a is random"):
         small(Pair(), Pair(random=True), first_seed=seed)
-    with pytest.raises(WrnFastError, match=r"`b`: expected a model that loads.* it lacks bn.bias, bn.num_batches_tracked"):
+    with pytest.raises(WrnFastError, match=r"`b`: .* it lacks bn.bias, bn.num_batches_tracked"):
         small(drop_in(), Pair())
     with pytest.raises(WrnFastError, match="`b`: expected the plain model to compare a Pair with"):
         small(Pair())

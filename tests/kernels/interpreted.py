@@ -151,3 +151,26 @@ def errors(seeds: list[int], dtype: torch.dtype, fixed: list[dict], ops: tuple[s
         want = wanted(case, got)
         found.append({name: error(v, want[name]) for name, v in got.items()})
     return found
+
+
+def errors_beside_eager(seeds: list[int], dtype: torch.dtype, op: str) -> dict[str, list[tuple[float, float]]]:
+    """(error, eager's error) of every output that all cases have, one a case.
+
+    Gradients by smooth activations: relu's derivative is a lottery where bn(x) is within rounding of 0.
+    """
+    from backends import eager
+
+    found: dict[str, list[tuple[float, float]]] = {}
+    smooth = ("identity", "silu")
+    for i, seed in enumerate(seeds):
+        fixed = {"want_y": True, "want_stats": True, "act_out": "relu", "drop_at": "none", "p": 0.0}
+        case = draw(seed, dtype, fixed if op == "fprop" else {**fixed, "act": smooth[i % 2]})
+        got = outputs(case, (op,))
+        if op == "fprop":
+            want = dict(zip(("y", "y_act"), oracle.fprop(case)[::2]))
+            peer = dict(zip(("y", "y_act"), eager.fprop(case)[::2]))
+        else:
+            want, peer = (dict(zip(("g", "dw"), side.gradients(case))) for side in (oracle, eager))
+        for name in want.keys() & got.keys():
+            found.setdefault(name, []).append((error(got[name], want[name]), error(peer[name], want[name])))
+    return found

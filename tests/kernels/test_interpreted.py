@@ -34,3 +34,14 @@ def test_float64(interpreter, chunk, request):
     for at, found in enumerate(interpreter(interpreted.errors, seeds, torch.float64, cases, OPS)):
         bad = {name: e for name, e in found.items() if not e <= parity.FLOAT64}
         assert not bad, f"{bad}: kernels.interpreted.draw({seeds[at]}, torch.float64, {cases[at]})"
+
+
+@pytest.mark.parametrize("op", ["fprop", "dgrad", "wgrad"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_lower_precisions_are_as_near_as_eager(interpreter, dtype, op, seed):
+    seeds = list(range(seed, seed + 12))
+    for name, pairs in interpreter(interpreted.errors_beside_eager, seeds, dtype, op).items():
+        pool = parity.Pool(f"{op} {name}", dtype)
+        for fast, eager in pairs:
+            pool.add_errors(fast, eager)
+        assert pool.judge().ok, pool.judge()

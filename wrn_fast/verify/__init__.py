@@ -19,6 +19,7 @@ from wrn_fast.block import FastBlock
 from wrn_fast.convert import restore
 from wrn_fast.errors import WrnFastError
 from wrn_fast.model import WideResNet
+from wrn_fast.precision import current
 from wrn_fast.verify.report import COLUMNS, Report, Row, markdown
 from wrn_fast.verify.trace import Task, Trace, Tracer, tensors_in
 
@@ -135,7 +136,7 @@ def verify(
                 _check_outputs(want, fast)
     settings = {
         "candidate": _title(a), "reference": _title(plain), "seeds": seeds, "first seed": first_seed, "batch": batch,
-        "size": size, "steps": steps, "gradients": rule,
+        "size": size, "steps": steps, "gradients": rule, "precision": current(),
     }  # fmt: skip
     cells = tuple(pool.judge() for pool in pools.values())
     return Report(cells, settings, machine.head(device), time.perf_counter() - began)

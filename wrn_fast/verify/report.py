@@ -190,7 +190,7 @@ column is the ratio to NCHW). A row stands for all tensors of its quantity and s
 The rule: `rms(err fast) <= {ratio} * rms(err eager) + u` over at least {seeds} seeds, u one unit roundoff of the dtype;
 in float64 at most {float64:g}. One seed alone proves nothing: near the rounding limit both errors are luck.
 Gradients and optimizer steps of a ReLU network are judged by medians over the seeds: a pre-activation near zero that
-changes sign moves a gradient by 1e-3, on either side. `ok, flips`: the medians differ by more than {ratio}, but by luck:
+changes sign moves a gradient by 1e-3, on either side. `ok, flips`: the medians differ by more than {ratio}, by luck:
 fast is beyond {ratio} times eager in fewer than 15 of 16 pairs of seeds. The table with act='silu' has no such luck,
 and its gradients are pooled as well. A row whose expected values are more than {zeros:.0%} zeros is `mistrusted`.
 Single convolutions have absolute bounds: F(4x4) {f4:g}, F(2x2) {f2:g}, wgrad {wgrad:g}; the last holds for the gradient
