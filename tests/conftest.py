@@ -19,9 +19,16 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    # The option travels to the processes of xdist, so all collect the same cases.
-    if config.option.seed is None:
+    # The processes of xdist take the first one's, so that all collect the same cases.
+    if hasattr(config, "workerinput"):
+        config.option.seed = config.workerinput["seed"]
+    elif config.option.seed is None:
         config.option.seed = random.SystemRandom().randrange(2**31)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    node.workerinput["seed"] = node.config.option.seed
 
 
 def pytest_report_header(config):

@@ -12,7 +12,19 @@ PACKAGE = Path(__file__).resolve().parents[1] / "wrn_fast"
 
 # A module may import lower layers; `SIDEWAYS` are the only steps inside a layer, `NARROW` are tighter than the rule.
 LAYERS = {
-    0: {"errors", "checks", "problem", "tuned", "precision", "random", "setting", "steps", "cache", "_build", "machine"},
+    0: {
+        "errors",
+        "checks",
+        "problem",
+        "tuned",
+        "precision",
+        "random",
+        "setting",
+        "steps",
+        "cache",
+        "_build",
+        "machine",
+    },
     1: {"kernels", "packing"},
     2: {"backends"},
     3: {"dispatch"},

@@ -10,7 +10,7 @@ from wrn_fast.precision import PRECISIONS, current, precision
 from wrn_fast.precision import pinned as pinned_algorithm
 from wrn_fast.problem import ConvProblem
 
-PROBLEM = ConvProblem("cpu", torch.float32, torch.float32, 8, 16, 16, 32, 32, 3, 3, 1, (1, 1, 1, 1))
+PROBLEM = ConvProblem("cpu", torch.float32, torch.float32, 8, 16, 16, 64, 64, 3, 3, 1, (1, 1, 1, 1))
 
 
 def test_the_switch_and_its_default(monkeypatch):
@@ -38,13 +38,21 @@ def test_an_unknown_name():
         precision("tf32")
 
 
-@pytest.mark.parametrize("value, pinned", (("1", True), ("0", False), ("", False), (None, False)))
+@pytest.mark.parametrize(
+    "value, pinned", (("1", "1"), ("f4", "f4"), ("f2", "f2"), ("direct", "direct"), ("0", ""), ("", ""), (None, ""))
+)
 def test_the_pin(monkeypatch, value, pinned):
     if value is None:
         monkeypatch.delenv("WRN_FAST_PIN_ALGO", raising=False)
     else:
         monkeypatch.setenv("WRN_FAST_PIN_ALGO", value)
-    assert pinned_algorithm() is pinned
+    assert pinned_algorithm() == pinned
+
+
+def test_an_unknown_pin(monkeypatch):
+    monkeypatch.setenv("WRN_FAST_PIN_ALGO", "f6")
+    with pytest.raises(WrnFastError, match="`WRN_FAST_PIN_ALGO`: expected one of 0, 1, f4, f2, direct, got 'f6'"):
+        pinned_algorithm()
 
 
 @pytest.mark.native
@@ -57,6 +65,8 @@ def test_the_policy(monkeypatch):
             return cpu._plan(PROBLEM._replace(**fields)).fprop_algo
 
     assert [algorithm(name) for name in PRECISIONS] == ["f4", "f2", "direct"]
+    assert [algorithm(C=c) for c in (8, 16, 63, 64)] == ["direct", "f2", "f2", "f4"]
+    assert algorithm(K=8) == "direct"
     assert algorithm(stride=2) == "direct"
     assert algorithm(R=1, S=1) == "direct"
     assert algorithm(H=2, W=2) == "f2"
@@ -64,6 +74,10 @@ def test_the_policy(monkeypatch):
     assert [algorithm(N=n, **wide) for n in (1, 2, 8)] == ["f2", "f4", "f4"]
     monkeypatch.setenv("WRN_FAST_PIN_ALGO", "1")
     assert algorithm(N=1, **wide) == "f4"
+    for pin in ("f4", "f2", "direct"):
+        monkeypatch.setenv("WRN_FAST_PIN_ALGO", pin)
+        assert algorithm() == algorithm(C=8) == pin
+        assert algorithm(stride=2) == "direct"
 
 
 @pytest.mark.native

@@ -59,7 +59,7 @@ def paths(text):
 
 
 def exists(word, beside):
-    """Does the path exist (`*` and `{a,b}` allowed) from the root, the package, csrc, `beside`; a bare name: anywhere?"""
+    """Does the path (`*` and `{a,b}` allowed) exist from the root, the package, csrc, `beside`; a bare name: anywhere?"""
     braces = re.search(r"\{([^{}]*)\}", word)
     if braces:
         parts = braces[1].split(",")

@@ -6,7 +6,7 @@
 
 `WRN_FAST_PRECISION` sets it for the process, `with wrn_fast.precision("direct")` for a block of code.
 `WRN_FAST_PIN_ALGO=1` keeps the choice of algorithm from looking at the batch size, so that an image's bits do not
-depend on its neighbours.
+depend on its neighbours; `f4`, `f2` or `direct` runs that algorithm wherever it can run, whatever the policy says.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from wrn_fast.errors import WrnFastError
 from wrn_fast.setting import Setting
 
 PRECISIONS = ("fast", "f2", "direct")
+PINS = ("", "1", "f4", "f2", "direct")
 
 _setting: Setting[str] = Setting()
 
@@ -41,9 +42,18 @@ def current() -> str:
     return _checked(name, "WRN_FAST_PRECISION") if name else "fast"
 
 
-def pinned() -> bool:
-    """Does WRN_FAST_PIN_ALGO keep the batch size out of the choice of algorithm?"""
-    return os.environ.get("WRN_FAST_PIN_ALGO", "0") not in ("", "0")
+def pinned() -> str:
+    """What WRN_FAST_PIN_ALGO asks for: one of `PINS`.
+
+    Raises:
+        WrnFastError: it holds another word.
+    """
+    name = os.environ.get("WRN_FAST_PIN_ALGO", "")
+    if name not in PINS:
+        if name != "0":
+            raise WrnFastError(f"`WRN_FAST_PIN_ALGO`: expected one of 0, {', '.join(PINS[1:])}, got {name!r}")
+        return ""
+    return name
 
 
 def precision(name: str) -> AbstractContextManager[None]:

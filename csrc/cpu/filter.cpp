@@ -45,20 +45,19 @@ WRN_INLINE void gather(const FilterView& f, int64_t first_out, int lanes, int64_
     }
 }
 
-// Rows of G. Points 0, +-a, +-b, infinity (M = 4) share their even and odd parts.
+// Rows of G: the powers of the points, and 1/prod of point 0 (the others' are in A^T, which has the same number of
+// operations with them; here they would cost a rounding more in each of the two passes).
 template <int M>
 WRN_INLINE void filter_1d(const Vec* g, int sg, Vec* o, int so) {
   const Vec g0 = g[0], g1 = g[sg], g2 = g[2 * sg];
   if constexpr (M == 4) {
-    constexpr double a = 0.625, b = 1.5, na = 2 * a * a * (a * a - b * b), nb = 2 * b * b * (b * b - a * a);
-    const auto constant = [](double v) { return broadcast(static_cast<float>(v)); };
-    const Vec even_a = fma(constant(a * a / na), g2, constant(1 / na) * g0), odd_a = constant(a / na) * g1;
-    const Vec even_b = fma(constant(b * b / nb), g2, constant(1 / nb) * g0), odd_b = constant(b / nb) * g1;
-    o[0] = constant(1 / (a * a * b * b)) * g0;
-    o[so] = even_a + odd_a;
-    o[2 * so] = even_a - odd_a;
-    o[3 * so] = even_b + odd_b;
-    o[4 * so] = even_b - odd_b;
+    const Vec a = broadcast(5.f / 8), b = broadcast(3.f / 2);
+    const Vec even_a = fma(broadcast(25.f / 64), g2, g0), even_b = fma(broadcast(9.f / 4), g2, g0);
+    o[0] = broadcast(256.f / 225) * g0;
+    o[so] = fma(a, g1, even_a);
+    o[2 * so] = fnma(a, g1, even_a);
+    o[3 * so] = fma(b, g1, even_b);
+    o[4 * so] = fnma(b, g1, even_b);
     o[5 * so] = g2;
   } else {
     const Vec half = broadcast(0.5f), even = half * (g0 + g2), odd = half * g1;

@@ -3,9 +3,9 @@
 // A is read in place, row by row (a pixel or a tile, channels contiguous); B is a packed panel of NV*VL columns.
 // The accumulators of an MR x NV*VL block never leave registers for a cut of kCut channels; a cut is then added to sums
 // that stay in registers too (AVX-512) or in the first-level cache, and C is written once. Cutting shortens the chains
-// of fp32 additions: C=320 F(4x4) 1.0e-6 uncut, 5.7e-7 cut at 32. Sums in registers: 0.97 of a loop of FMAs alone
-// against 0.92 with 14x32 blocks whose cuts are added in memory (Zen 4, operands in cache, C=160). The order of
-// additions is fixed by (segment, cut), never by blocks of rows or threads.
+// of fp32 additions: F(4x4) at C=160 0.98e-6 uncut, 5.2e-7 cut at 32, 4.7e-7 at 16. Sums in registers: 0.97 of a loop
+// of FMAs alone against 0.92 with 14x32 blocks whose cuts are added in memory (Zen 4, operands in cache, C=160). The
+// order of additions is fixed by (segment, cut), never by blocks of rows or threads.
 #pragma once
 
 #include "vec.h"
@@ -13,7 +13,7 @@
 namespace wrn_fast {
 namespace WRN_ISA {
 
-constexpr int kCut = 32;
+constexpr int kCut = 16;
 // Columns of a full panel: two vectors. 7x32 twice (products of a cut, sums) and three operands fill the 32 AVX-512
 // registers; 6x16 fills the 16 of AVX2, 6x8 the 16 of SSE.
 constexpr int NV_FULL = 2;

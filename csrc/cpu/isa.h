@@ -29,9 +29,12 @@ const Kernels& kernels();
 // Null when this build lacks it; does not ask the processor.
 const Kernels* kernels_named(const char* name);
 
+// What WRN_FAST_PIN_ALGO asks for: `batch` keeps the batch size out of the choice, an algorithm runs wherever it can.
+enum class Pin : int32_t { none, batch, f4, f2, direct };
+
 // The documented policy: which algorithm an exact-by-default fp32/bf16 call runs. It reads the shape and the batch,
-// never the thread count, so bits depend on the batch only here; `pin_batch` answers as for a large batch.
-Algo choose_algo(const ConvShape& shape, bool dgrad, bool pin_batch);
+// never the thread count, so bits depend on the batch only here, and not at all under a pin.
+Algo choose_algo(const ConvShape& shape, bool dgrad, Pin pin);
 
 // f4 stands for F(3x3,4x4): there is no f2 form.
 Algo choose_wgrad_algo(const ConvShape& shape);

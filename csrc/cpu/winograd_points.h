@@ -1,5 +1,6 @@
-// One-dimensional Winograd transforms. Rows of B^T are the polynomials prod_{j != i} (x - p_j), rows of A^T the powers
-// of the points; the 1/prod (p_i - p_j) are all in G (filter.cpp).
+// One-dimensional Winograd transforms, points 0, +-5/8, +-3/2 and infinity for M = 4. Rows of B^T are the polynomials
+// prod_{j != i} (x - p_j). Rows of A^T are the powers of the points times 1/prod (p_i - p_j), except that of point 0,
+// which is in G (filter.cpp).
 #pragma once
 
 #include "vec.h"
@@ -36,15 +37,14 @@ WRN_INLINE void input_1d(const Vec* d, int sd, Vec* o, int so) {
 template <int M>
 WRN_INLINE void output_1d(const Vec* p, int sp, Vec* o, int so) {
   if constexpr (M == 4) {
-    const Vec a = broadcast(5.f / 8), b = broadcast(3.f / 2);
-    const Vec aa = broadcast(25.f / 64), bb = broadcast(9.f / 4);
-    const Vec aaa = broadcast(125.f / 512), bbb = broadcast(27.f / 8);
+    constexpr double a = 0.625, b = 1.5, na = 2 * a * a * (a * a - b * b), nb = 2 * b * b * (b * b - a * a);
+    const auto constant = [](double v) { return broadcast(static_cast<float>(v)); };
     const Vec even_a = p[sp] + p[2 * sp], odd_a = p[sp] - p[2 * sp];
     const Vec even_b = p[3 * sp] + p[4 * sp], odd_b = p[3 * sp] - p[4 * sp];
-    o[0] = p[0] + even_a + even_b;
-    o[so] = fma(a, odd_a, b * odd_b);
-    o[2 * so] = fma(aa, even_a, bb * even_b);
-    o[3 * so] = fma(aaa, odd_a, fma(bbb, odd_b, p[5 * sp]));
+    o[0] = fma(constant(1 / na), even_a, fma(constant(1 / nb), even_b, p[0]));
+    o[so] = fma(constant(a / na), odd_a, constant(b / nb) * odd_b);
+    o[2 * so] = fma(constant(a * a / na), even_a, constant(b * b / nb) * even_b);
+    o[3 * so] = fma(constant(a * a * a / na), odd_a, fma(constant(b * b * b / nb), odd_b, p[5 * sp]));
   } else {
     o[0] = p[0] + p[sp] + p[2 * sp];
     o[so] = p[sp] - p[2 * sp] - p[3 * sp];

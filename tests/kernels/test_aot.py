@@ -1,5 +1,6 @@
 """What the shipped kernels compile to, with no GPU: every row of aot.json, and a few of them compiled anew each run."""
 
+import importlib.metadata
 import importlib.util
 import json
 import multiprocessing
@@ -12,8 +13,8 @@ from kernels import aot
 from wrn_fast.kernels.configs import ARCHS
 
 TABLE = json.loads(aot.TABLE.read_text(encoding="utf-8"))
-# Of the instructions in a main loop between two patch versions of a compiler.
-SLACK = 1.05
+# Of the instructions in a main loop: with the Triton that the table is of, and with another.
+SLACK, SLACK_OTHER = 1.05, 1.25
 # Bytes. The widest tile, 128 x 320, lets values of its epilogue go to memory, once a tile; with a shortcut two others.
 MAY_SPILL = 360
 MAY_SPILL_TOO = {"sm_80 fp32 n128 160-320 conv2": 8, "sm_90 bf16 n128 32-64 conv2": 16}
@@ -99,12 +100,14 @@ def test_the_tensor_cores_are_fed(name):
 @pytest.mark.rotate(20)
 @pytest.mark.parametrize("name", sorted(TABLE["rows"]))
 def test_compiling_gives_the_written_numbers(compiler, name):
-    """At most 60 compiles a run: three kernels a case."""
+    """At most 60 compiles a run: three kernels a case. Another Triton than the table's may unroll and spill more."""
     written = TABLE["rows"][name]
     found = compiler(aot.compiled, aot.cases()[name])
     assert [row["kernel"] for row in found] == [row["kernel"] for row in written]
+    same = importlib.metadata.version("triton") == TABLE["triton"]
     for now, then in zip(found, written):
-        assert now["spilled"] <= then["spilled"] and now["narrow"] <= then["narrow"], (now, then)
-        assert now["smem"] <= then["smem"], (now, then)
-        assert now["tensor"] == then["tensor"], (now, then)
-        assert now.get("issue", 0.0) <= SLACK * then.get("issue", 0.0), (now, then)
+        assert now["spilled"] <= (then["spilled"] if same else MAY_SPILL), (now, then)
+        assert now["narrow"] <= then["narrow"] and now["smem"] <= then["smem"], (now, then)
+        assert now["tensor"].keys() == then["tensor"].keys(), (now, then)
+        assert now["tensor"] == then["tensor"] or not same, (now, then)
+        assert now.get("issue", 0.0) <= (SLACK if same else SLACK_OTHER) * then.get("issue", 0.0), (now, then)

@@ -3,7 +3,7 @@
 Every argument is checked before it gets here; this file makes pointers of tensors, allocates outputs and keeps packed
 filters (`wrn_fast.packing`). Which algorithm runs is csrc/cpu/policy.cpp's choice, narrowed by `wrn_fast.precision`.
 
-Numerics: products and sums are float32, cut every 32 channels (of wgrad: tiles or pixels); statistics merge in
+Numerics: products and sums are float32, cut every 16 channels (of wgrad: tiles or pixels); statistics merge in
 float64. bfloat16 is converted in the transforms, so its convolution is rounded once, at the store. Bits do not depend
 on the number of threads.
 """
@@ -96,7 +96,7 @@ def _plan(problem: ConvProblem) -> Any:
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan_for(problem: ConvProblem, exactness: str, pin_algo: bool) -> Any:
+def _plan_for(problem: ConvProblem, exactness: str, pin: str) -> Any:
     left, right, top, bottom = problem.pad
     return _extension().Plan(
         bf16=problem.dtype == torch.bfloat16, N=problem.N, H=problem.H, W=problem.W, C=problem.C, K=problem.K,
@@ -104,7 +104,7 @@ def _plan_for(problem: ConvProblem, exactness: str, pin_algo: bool) -> Any:
         pad_bottom=bottom, act=problem.act, slope=problem.slope, eps=problem.eps, p=problem.p,
         drop_at=problem.drop_at, short_C=problem.short_C, short_stride=problem.short_stride,
         short_act=problem.short_act, short_eps=problem.short_eps, act_out=problem.act_out, precision=exactness,
-        pin_algo=pin_algo,
+        pin=pin,
     )  # fmt: skip
 
 

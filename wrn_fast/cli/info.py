@@ -157,7 +157,7 @@ def gather(batch: int) -> dict[str, Any]:
         "openmp": openmp_runtimes(),
         "backends": list(dispatch.selection()),
         "precision": current(),
-        "batch size may choose the algorithm": not pinned(),
+        "pinned algorithm": pinned(),
         "packed filters": {"kept": len(kept), "bytes": packing.kept_bytes()},
         "environment": {name: value for name, value in sorted(os.environ.items()) if _watched(name)},
         "choices": [row for device in devices for row in choices(device, batch)],
