@@ -51,7 +51,7 @@ def test_info_says_which_backend_and_why_not_the_others(capsys, monkeypatch):
     assert status == 0
     assert set(data) == {
         "versions", "cpu", "gpus", "extensions", "openmp", "backends", "precision",
-        "batch size may choose the algorithm", "packed filters", "environment", "choices", "notes",
+        "pinned algorithm", "packed filters", "environment", "choices", "notes",
     }  # fmt: skip
     assert data["versions"]["torch"] == torch.__version__ and data["versions"]["wrn_fast"] == wrn_fast.__version__
     assert data["backends"] == list(BACKENDS) and data["precision"] == "f2"

@@ -22,7 +22,7 @@ SUFFIXES = "py|pyi|cpp|h|cu|cuh|md|json|toml|png|sh|in|txt"
 # Where a path in a document may start, and paths that only exist after a command or on the reader's machine.
 FOLDERS = ("csrc", "wrn_fast", "tests", "benchmarks", "docs", "faults", ".ci")
 MADE_LATER = re.compile(
-    r"build/|\.venv|_build_reasons\.txt|\.so$|CIFAR|SVHN|\.pt$|^path/|results?\.(json|png)$|demo.*\.png$"
+    r"build/|\.venv|_build_reasons\.txt|\.so$|CIFAR|SVHN|\.pt$|^path/|results?\.(json|png)$|demo.*\.png$|results/battery-"
 )
 
 
@@ -59,7 +59,7 @@ def paths(text):
 
 
 def exists(word, beside):
-    """Does the path (`*` and `{a,b}` allowed) exist from the root, the package, csrc, `beside`; a bare name: anywhere?"""
+    """Does the path (`*`, `{a,b}` allowed) exist from the root, the package, csrc or `beside`; a bare name anywhere?"""
     braces = re.search(r"\{([^{}]*)\}", word)
     if braces:
         parts = braces[1].split(",")

@@ -107,7 +107,8 @@ def test_compiling_gives_the_written_numbers(compiler, name):
     same = importlib.metadata.version("triton") == TABLE["triton"]
     for now, then in zip(found, written):
         assert now["spilled"] <= (then["spilled"] if same else MAY_SPILL), (now, then)
-        assert now["narrow"] <= then["narrow"] and now["smem"] <= then["smem"], (now, then)
+        assert now["narrow"] <= then["narrow"], (now, then)
+        assert now["smem"] <= (then["smem"] if same else ARCHS[name.split()[0]].smem_bytes), (now, then)
         assert now["tensor"].keys() == then["tensor"].keys(), (now, then)
         assert now["tensor"] == then["tensor"] or not same, (now, then)
         assert now.get("issue", 0.0) <= (SLACK if same else SLACK_OTHER) * then.get("issue", 0.0), (now, then)
