@@ -150,7 +150,9 @@ def arrange(v, how):
 @pytest.mark.parametrize("how", ["dense", "NCHW", "sliced", "transposed", "expanded"])
 @pytest.mark.parametrize("op", RUN)
 def test_strides_do_not_matter_and_inputs_stay(backend, op, how, seed):
-    for case in draw(backend, op, seed, 8, torch.float32):
+    # The library's convolution adds in another order for a filter in another layout: equal within float64's bound.
+    plain = backend == "aten"
+    for case in draw(backend, op, seed, 8, torch.float64 if plain else torch.float32):
         arranged = {name: arrange(v, how) for name, v in case.tensors.items()}
         if how == "expanded":
             case.tensors.update({name: v if v is None else v.clone() for name, v in arranged.items()})
@@ -158,8 +160,7 @@ def test_strides_do_not_matter_and_inputs_stay(backend, op, how, seed):
         before = {name: None if v is None else v.clone() for name, v in arranged.items()}
         got, want = RUN[op](case, **arranged), RUN[op](case)
         for a, b in zip(got, want):
-            # The library's convolution adds in another order for a filter in another layout.
-            assert parity.error(a, b.double()) <= parity.WINOGRAD["f4"] if backend == "aten" else torch.equal(a, b)
+            assert parity.error(a, b) <= parity.FLOAT64 if plain else torch.equal(a, b)
         assert all(v is None or torch.equal(arranged[name], v) for name, v in before.items())
 
 
