@@ -84,8 +84,8 @@ def test_shapes_prologues_and_paddings(seed):
 @pytest.mark.parametrize("stride", [2, 3])
 def test_direct_shapes(seed, taps, stride):
     sizes = {"H": 11, "W": seed % 40 + 3, "pad": (1, 2, 0, 3)}
-    # The bound of a convolution that saves no multiplications and has no chain of more than 40 additions.
-    assert worst_of(range(seed, seed + 12), "direct", taps=taps, stride=stride, **sizes) <= parity.WINOGRAD["f2"]
+    # Single seeds, so the operator's bound; test_primitives.py judges direct beside eager, pooled.
+    assert worst_of(range(seed, seed + 12), "direct", taps=taps, stride=stride, **sizes) <= parity.WINOGRAD["wgrad"]
 
 
 @pytest.mark.parametrize("isa", ["avx2", "portable"])
