@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, prune
 
 import wrn_fast
 from wrn_fast import reference
-from wrn_fast.block import FastBlock, hooked
+from wrn_fast.block import FastBlock, hooked, run_block
 from wrn_fast.errors import WrnFastError
 from wrn_fast.parity import FLOAT64, Pool, error
 
@@ -129,8 +129,7 @@ def test_pooled_outputs_and_statistics(training, mode):
 
 
 def test_layouts_and_views_of_the_input_agree():
-    _, fast = pair()
-    fast.eval()
+    fast = pair()[1].eval()
     x = torch.randn(2, 3, 32, 32)
     want = fast(x)[1]
     wide = torch.randn(2, 5, 40, 40)
@@ -288,6 +287,15 @@ def test_batch_norm_flags_are_read_per_call(flag):
         assert worst(fast(x), ref(x)) <= FLOAT64
     for name, value in ref.state_dict().items():
         assert error(fast.state_dict()[name], value) <= FLOAT64, name
+
+
+@pytest.mark.parametrize("leaky", ["relu1", "relu2"])
+def test_one_leaky_activation_in_a_block_with_a_shortcut(leaky):
+    ref, fast = pair(10, 4, 1, dtype=torch.float64)
+    setattr(ref.block2.layer[0], leaky, nn.LeakyReLU(0.3))
+    parts = fast.block2.layer[0].parts()._replace(**{leaky.replace("relu", "act"): ("leaky_relu", 0.3)})
+    x = torch.randn(2, 16, 9, 7, dtype=torch.float64)
+    assert error(run_block(parts, x, None)[0], ref.block2.layer[0](x)) <= FLOAT64
 
 
 @pytest.mark.parametrize("wrap", ["weight_norm", "spectral_norm", "prune"])

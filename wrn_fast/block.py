@@ -188,6 +188,8 @@ def leave_block(
     """The second operator call of a block: (y, statistics of y or None)."""
     bn2 = batch_norm(parts.bn2, h, h_stats)
     bias = parts.conv2.bias
+    # The operator has one slope for both of its activations: that of the leaky one.
+    slope = parts.act2[1] if parts.act2[0] == "leaky_relu" else parts.act1[1]
     short: dict[str, Any] = {}
     if parts.shortcut is None:
         short["residual"] = x
@@ -202,7 +204,7 @@ def leave_block(
             bias = parts.shortcut.bias if bias is None else bias + parts.shortcut.bias
     y, y_stats, _ = bn_act_conv(
         h, parts.conv2.weight, bn2.stats, bn2.gamma, bn2.beta, bias, eps=bn2.eps, batch_stats=bn2.batch_stats,
-        stride=parts.conv2.stride[0], pad=parts.pad2, act=parts.act2[0], slope=parts.act2[1],
+        stride=parts.conv2.stride[0], pad=parts.pad2, act=parts.act2[0], slope=slope,
         p=parts.p if parts.drop_at == "prologue" else 0.0, drop_at=parts.drop_at, want_stats=want_stats, **short,
     )  # fmt: skip
     return y, y_stats if want_stats else None
