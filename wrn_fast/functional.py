@@ -140,7 +140,7 @@ def bn_act_conv(
     )  # fmt: skip
     try:
         if _autocasts(x):
-            args = _cast(args, torch.get_autocast_dtype(x.device.type))
+            args = _cast(args, autocast_dtype(x))
         if rng is None and p != 0.0 and drop_at != "none":
             args = args._replace(rng=random.draw(x.device))
         if _composite_wanted():
