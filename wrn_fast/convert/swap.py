@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from wrn_fast.block import BlockParts, FastBlock, hooked, padding, run_block, run_chain
+from wrn_fast.block import BlockParts, FastBlock, Stage, hooked, padding, run_block, run_chain
 from wrn_fast.convert.recognise import Recipe, fits, inner, recognise
 
 _fast_classes: dict[tuple[type, type], type] = {}
@@ -59,7 +59,7 @@ class Swapped:
 
 def _suits(parts: BlockParts, x: Any) -> bool:
     """Is x what the block's weights expect? Else the plain forward raises its own error, or promotes as it does."""
-    weight = parts.conv1.weight
+    weight = parts.stages[0].conv.weight
     if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1] != weight.shape[1] or x.device != weight.device:
         return False
     if torch.is_autocast_enabled(x.device.type):
@@ -113,11 +113,14 @@ def blockparts(recipe: Recipe, block: nn.Module, modules: list[nn.Module | None]
         at = drop.at
         owner = block if drop.follows == "block" else None if drop.follows == "always" else modules[drop.follows]  # type: ignore[index]
         p = drop.p if owner is None or owner.training else 0.0
+    act1, act2 = (template.act1.name, template.act1.slope), (template.act2.name, template.act2.slope)
     return BlockParts(
-        bn1, conv1, bn2, conv2, None if short is None else modules[short],  # type: ignore[arg-type]
-        (template.act1.name, template.act1.slope), (template.act2.name, template.act2.slope), p, at,
-        template.conv1_reads_x, template.shortcut_reads_x,
-        _sum(padding(conv1), template.extra1), _sum(padding(conv2), template.extra2),  # type: ignore[arg-type]
+        (
+            Stage(bn1, conv1, act1, _sum(padding(conv1), template.extra1)),  # type: ignore[arg-type]
+            Stage(bn2, conv2, act2, _sum(padding(conv2), template.extra2)),  # type: ignore[arg-type]
+        ),
+        None if short is None else modules[short],  # type: ignore[arg-type]
+        p, at, template.conv1_reads_x, template.shortcut_reads_x,
     )  # fmt: skip
 
 
