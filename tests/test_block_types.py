@@ -187,3 +187,22 @@ def test_verify_accepts_block_types(block):
     report = wrn_fast.verify(model, dtypes=(DOUBLE,), seeds=1, steps=1, batch=2)
     assert report.ok, report
     assert f"block='{block}'" in str(report.settings["candidate"])
+
+
+@pytest.mark.parametrize("block", ["B(3)", "B(1,3)", "B(3,1,3)"])
+def test_a_checkpoint_says_its_block_type(block):
+    ref, _ = pair(block, k=2, dtype=torch.float32)
+    net, report = wrn_fast.load_checkpoint(ref.state_dict())
+    x = torch.randn(2, 3, 32, 32, dtype=DOUBLE)
+    assert type(net) is wrn_fast.WideResNet and not report.left and block in str(report)
+    assert error(net.double()(x), ref.double().eval()(x)) <= FLOAT64
+
+
+def test_a_checkpoint_of_blocks_that_nobody_has_is_refused():
+    state = pair("B(3,1)", dtype=torch.float32)[0].state_dict()
+    for name in [k for k in state if k.endswith(".conv2.weight")]:
+        state[name] = torch.randn(*state[name].shape[:2], 5, 5)
+    with pytest.raises(WrnFastError, match=r"a block type out of .* got B\(3,5\)"):
+        wrn_fast.load_checkpoint(state)
+    with pytest.raises(WrnFastError, match="the plain network round blocks other than"):
+        wrn_fast.load_checkpoint(pair("B(3,1)", dtype=torch.float32)[0].state_dict(), {"eps": 1e-3})
