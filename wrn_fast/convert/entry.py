@@ -119,8 +119,7 @@ def _survey(model: nn.Module) -> dict[str, tuple[nn.Module, Recipe]]:
             continue
         if any(id(m) in done for m in module.modules()):
             continue
-        reason = "" if isinstance(module, Swapped) else unswappable(module)
-        recipe = Recipe((), (), None, reason) if reason else recipe_of(module)
+        recipe = _recipe(module)
         if recipe.template is not None:
             done |= {id(m) for m in module.modules()}
             # What was tried inside it was a part of it.
@@ -132,6 +131,15 @@ def _survey(model: nn.Module) -> dict[str, tuple[nn.Module, Recipe]]:
             del found[n]
         found[name] = (module, recipe)
     return found
+
+
+def _recipe(module: nn.Module) -> Recipe:
+    if isinstance(module, Swapped):
+        # what fully_shard put its class in front of cannot be copied, so it cannot be recorded again
+        kept = None if "_fast_plain" in type(module).__dict__ else module.__dict__.get("_fast_recipe")  # type: ignore[attr-defined]
+        return recipe_of(module) if kept is None else kept  # type: ignore[arg-type]
+    reason = unswappable(module)
+    return Recipe((), (), None, reason) if reason else recipe_of(module)
 
 
 def _chains(model: nn.Module) -> list[nn.Module]:

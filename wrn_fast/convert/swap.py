@@ -175,8 +175,10 @@ def unswappable(module: nn.Module) -> str:
     for name in ("__call__", "__reduce__", "__reduce_ex__", "__deepcopy__", "__copy__", "__getstate__"):
         if getattr(cls, name, None) is not getattr(nn.Module, name, None):
             return f"its class defines {name}"
-    front = next((c for c in cls.__mro__ if c.__name__ in ("FSDPModule",)), None)
-    return f"it is sharded ({cls.__name__}): accelerate before fully_shard" if front else ""
+    # what is sharded cannot be copied, so nothing round it can be recorded either
+    kinds = (type(m) for m in module.modules())
+    sharded = next((kind for kind in kinds if any(c.__name__ == "FSDPModule" for c in kind.__mro__)), None)
+    return f"it is sharded ({sharded.__name__}): accelerate before fully_shard" if sharded else ""
 
 
 def recipe_of(module: nn.Module) -> Recipe:
