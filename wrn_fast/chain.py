@@ -28,7 +28,7 @@ def run_blocks(blocks: Sequence[Any], x: Tensor) -> Tensor | None:
         [N, K, P, Q], equal bit for bit to the blocks' own operators, masks of dropout included; None under autograd, a
         compiler, autocast or a dispatch mode, where BatchNorm uses the batch, and where the backend has no chain.
     """
-    if not _plain_inference(x):
+    if not plain_inference(x):
         return None
     steps = _steps(blocks, x)
     if steps is None:
@@ -41,7 +41,8 @@ def run_blocks(blocks: Sequence[Any], x: Tensor) -> Tensor | None:
     return run(x.contiguous(memory_format=torch.channels_last), drawn)
 
 
-def _plain_inference(x: Tensor) -> bool:
+def plain_inference(x: Tensor) -> bool:
+    """Is x a plain batch of images, and does nobody but the caller look: autograd, a compiler, autocast, a mode?"""
     return (
         type(x) is Tensor
         and x.dim() == 4

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from wrn_fast.block import BlockParts, FastBlock, Stage, hooked, padding, run_block, run_chain
-from wrn_fast.convert.recognise import Recipe, fits, inner, recognise
+from wrn_fast.convert.bottleneck import Bottleneck, Pair, run_bottleneck
+from wrn_fast.convert.recipe import Recipe, fits, inner
+from wrn_fast.convert.recognise import recognise
+from wrn_fast.convert.templates import Template
 
 _fast_classes: dict[tuple[type, type], type] = {}
 _known: dict[tuple, Recipe] = {}
@@ -29,6 +32,18 @@ class Swapped:
     def _plain_class(self) -> Any:
         # parametrize and fully_shard put a class of their own in front
         return next(c for c in type(self).__mro__ if "_fast_plain" in c.__dict__)._fast_plain  # type: ignore[attr-defined]
+
+    def _recipe(self, modules: list[nn.Module | None]) -> Recipe | None:
+        """What the block is now; None where it is switched off or nothing that is known."""
+        recipe = self.__dict__.get("_fast_recipe")
+        if recipe is None or "_fast_off" in self.__dict__:
+            return None
+        plain = self._plain_class().forward
+        if recipe.forward is not plain or not fits(recipe, self, modules):  # type: ignore[arg-type]
+            if torch.compiler.is_compiling():
+                return None
+            recipe = self.__dict__["_fast_recipe"] = recognise(self, plain, _known)  # type: ignore[arg-type]
+        return None if recipe.template is None else recipe
 
     def _as_plain(self) -> Any:
         cls = self._plain_class()
@@ -80,18 +95,11 @@ class FastUserBlock(Swapped, FastBlock):
 
     def parts(self) -> BlockParts | None:
         """The block as data; None where only the user's own forward is right."""
-        recipe = self.__dict__.get("_fast_recipe")
-        if recipe is None or "_fast_off" in self.__dict__:
-            return None
         modules = inner(self)  # type: ignore[arg-type]
         if any(m is not None and hooked(m) for m in modules):
             return None
-        plain = self._plain_class().forward  # type: ignore[attr-defined]
-        if recipe.forward is not plain or not fits(recipe, self, modules):  # type: ignore[arg-type]
-            if torch.compiler.is_compiling():
-                return None
-            recipe = self.__dict__["_fast_recipe"] = recognise(self, plain, _known)  # type: ignore[arg-type]
-        return None if recipe.template is None else blockparts(recipe, self, modules)  # type: ignore[arg-type]
+        recipe = self._recipe(modules)
+        return blockparts(recipe, self, modules) if recipe and isinstance(recipe.template, Template) else None  # type: ignore[arg-type]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The user's forward."""
@@ -99,6 +107,30 @@ class FastUserBlock(Swapped, FastBlock):
             parts = self.parts()
             if parts is not None and _suits(parts, args[0]):
                 return _as_given(run_block(parts, args[0], None)[0], args[0])
+        return self._plain_class().forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+
+class FastBottleneck(Swapped):
+    """A user's post-activation bottleneck: fused in inference, else its own forward."""
+
+    def fused(self, x: Any) -> Tensor | None:
+        """y [N, K, P, Q] channels_last; None where only the user's own forward is right or fast."""
+        if self.training:  # type: ignore[attr-defined]
+            return None
+        modules = inner(self)  # type: ignore[arg-type]
+        if any(m is not None and (m.training or hooked(m)) for m in modules):
+            return None
+        recipe = self._recipe(modules)
+        if recipe is None or not isinstance(recipe.template, Bottleneck):
+            return None
+        return run_bottleneck([Pair(modules[c], modules[b]) for c, b in recipe.template.pairs], x)  # type: ignore[arg-type]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The user's forward."""
+        if len(args) == 1 and not kwargs and not _has_any_global_hook():
+            y = self.fused(args[0])
+            if y is not None:
+                return _as_given(y, args[0])
         return self._plain_class().forward(self, *args, **kwargs)  # type: ignore[attr-defined]
 
 
@@ -144,6 +176,8 @@ class FastUserChain(Swapped):
             return self._plain_class().forward(self, *args, **kwargs)  # type: ignore[attr-defined]
         x = args[0]
         units = self.units()
+        if any(isinstance(unit, FastBottleneck) for unit in units):
+            return _in_a_row(units, x)
         first = 0
         for unit in units:
             # What comes before the first block, or before the first that x suits, runs as it is.
@@ -153,6 +187,18 @@ class FastUserChain(Swapped):
             x = unit(x)
             first += 1
         return x
+
+
+def _in_a_row(units: list[nn.Module], x: Any) -> Any:
+    """Bottlenecks hand on channels_last; who else reads a tensor between them gets it in the layout of the first."""
+    given, ours = x, False
+    for unit in units:
+        y = unit.fused(x) if isinstance(unit, FastBottleneck) and not hooked(unit) else None  # type: ignore[arg-type]
+        if y is not None:
+            x, ours = y, True
+        else:
+            x, ours = unit(_as_given(x, given) if ours else x), False
+    return _as_given(x, given) if ours else x
 
 
 def fast_class(mixin: type, cls: type) -> type:
