@@ -12,6 +12,7 @@ from benchmarks import peers, runner, timing
 from benchmarks.cases import (
     BLOCK_TASKS,
     LAYER_TASKS,
+    MC_SAMPLES,
     NETWORK_TASKS,
     PRESETS,
     TASKS,
@@ -62,7 +63,7 @@ def test_presets_hold_what_the_readme_promises():
 def test_stochastic_forwards_are_at_batch_one():
     cases = network_cases([(10, 1)], ["mc_dropout", "inference"], [4, 8], ["fp32"])
     assert [(case.task, case.batch, case.images) for case in cases] == [
-        ("mc_dropout", 1, 10), ("inference", 4, 4), ("inference", 8, 8)
+        ("mc_dropout", 1, MC_SAMPLES), ("inference", 4, 4), ("inference", 8, 8)
     ]  # fmt: skip
 
 
