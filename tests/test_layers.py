@@ -32,7 +32,7 @@ LAYERS = {
     4: {"ops", "autograd"},
     5: {"functional", "chain"},
     6: {"reference", "block", "model", "convert", "parity", "mc", "graphs"},
-    7: {"tune", "verify", "cli", "demo"},
+    7: {"tune", "verify", "cli", "demo", "recipes"},
 }
 SIDEWAYS = {
     "checks": {"errors", "masks", "problem"},
@@ -49,13 +49,14 @@ SIDEWAYS = {
     "verify": set(),
     "cli": {"tune", "verify"},
     "demo": {"cli"},
+    "recipes": {"demo"},
 }
 NARROW = {"reference": {"errors"}, "kernels": LAYERS[0] | {"packing"}, "dispatch": LAYERS[0] | {"backends"}}
 
 # Third-party modules beside torch, and who may import them (at any depth, also inside functions).
 OUTSIDERS = {
     "triton": {"kernels", "backends"},
-    "rich": {"cli", "tune", "demo", "verify", "mc"},
+    "rich": {"cli", "tune", "demo", "verify", "mc", "recipes"},
     "numpy": {"demo", "convert"},
     "matplotlib": {"demo"},
     "sklearn": {"demo"},

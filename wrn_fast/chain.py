@@ -52,6 +52,7 @@ def plain_inference(x: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
+        and x.device.type != "meta"
         and not torch.is_autocast_enabled(x.device.type)
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
