@@ -95,8 +95,11 @@ struct Problem {
     s.Q = (s.W + s.pad_left + s.pad_right - s.S) / s.stride + 1;
     dtype = coin() ? DType::f32 : DType::bf16;
     algo = !winograd ? Algo::direct : static_cast<Algo>(generator() % 3);
+    if (s.R == 3 && s.S == 3 && s.stride == 2 && coin()) algo = Algo::f2s2;
     threads = static_cast<int>(pick({1, 2, 3}));
   }
+  // There is no polyphase form of the gradients.
+  Algo backward(Algo winograd) const { return algo == Algo::direct || algo == Algo::f2s2 ? Algo::direct : winograd; }
   int64_t inputs() const { return s.N * s.H * s.W * s.C; }
   int64_t outputs() const { return s.N * s.P * s.Q * s.K; }
   int64_t weights() const { return s.K * s.C * s.R * s.S; }
@@ -142,7 +145,7 @@ struct Affine {
 
 std::unique_ptr<Tensor> pack(const Kernels& k, const Problem& p, Tensor& w, bool dgrad) {
   PackArgs args;
-  args.algo = p.algo;
+  args.algo = dgrad ? p.backward(p.algo) : p.algo;
   args.dgrad = dgrad;
   args.C = p.s.C;
   args.K = p.s.K;
@@ -219,7 +222,7 @@ bool dgrad(const Kernels& k) {
   DgradArgs args;
   args.shape = s;
   args.dtype = p.dtype;
-  args.algo = p.algo;
+  args.algo = p.backward(p.algo);
   args.threads = p.threads;
   args.dy = dy.data();
   args.w = p.weight(w);
@@ -249,7 +252,7 @@ bool wgrad(const Kernels& k) {
   WgradArgs args;
   args.shape = s;
   args.dtype = p.dtype;
-  args.algo = p.algo == Algo::direct ? Algo::direct : Algo::f4;
+  args.algo = p.backward(Algo::f4);
   args.threads = p.threads;
   args.dy = dy.data();
   args.x = x.data();
