@@ -57,7 +57,7 @@ def tile(op: str, problem: ConvProblem, rng: random.Random) -> TileConfig:
         config = TileConfig(
             rows=rng.choice((16, 64, 128)), red=rng.choice((16, 32, 64)),
             cols=rng.choice(((16, 0), (32, 16), (64, 32), (128, 32), (16, 32))), warps=4, stages=1,
-            apply=rng.random() < 0.3, splits=rng.choice((1, 2, 3, 7)) if op == "wgrad" else 1,
+            apply=rng.random() < 0.3, splits=rng.choice((1, 2, 3, 7)) if op == "wgrad" else 1, box=rng.random() < 0.5,
         )  # fmt: skip
         if legal(config, op, problem, ARCH):
             return config

@@ -15,7 +15,7 @@ from torch import Tensor
 from wrn_fast.kernels import conv
 from wrn_fast.kernels.configs import TileConfig
 from wrn_fast.kernels.conv import ConvSpec
-from wrn_fast.kernels.fprop import contiguous, image64, pack
+from wrn_fast.kernels.fprop import box, contiguous, image64, pack
 from wrn_fast.kernels.stats import add, affine, centered
 from wrn_fast.kernels.tile import ACTS
 from wrn_fast.problem import ConvProblem
@@ -80,6 +80,7 @@ def dgrad_specs(problem: ConvProblem, config: TileConfig) -> tuple[ConvSpec, ...
                     stats=problem.want_stats and problem.prologue,
                     in_bn=problem.prologue,
                     in_act=ACTS[problem.act],
+                    box=box(config, rows_h, rows_w),
                 )
             )
     return tuple(specs)
@@ -115,8 +116,8 @@ def dgrad(
     first = 0
     for spec, count in zip(specs, tiles):
         conv.launch(
-            problem.N, spec, config, precision, conv.drop_args(problem.p), dy, packed, g,
-            x_in=x, affine_in=table, rng=rng if spec.drop_y else None,
+            problem.N, spec, config, precision, problem.p, dy, packed, g,
+            x_in=x if spec.in_act > 0 or spec.stats else None, affine_in=table, rng=rng if spec.drop_y else None,
             partial=None if partial is None else partial[first : first + count],
         )  # fmt: skip
         first += count
