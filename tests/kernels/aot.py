@@ -29,13 +29,16 @@ from torch import Tensor
 
 from wrn_fast.kernels.bound import Bound, options
 from wrn_fast.kernels.configs import ARCHS, Arch, arch_of, heuristic, in_fp8
+from wrn_fast.masks import shape as mask_shape
 from wrn_fast.problem import ConvProblem
 
 TABLE = Path(__file__).with_name("aot.json")
 # Multiplications and additions that the tensor cores of an SM or CU finish in a clock, dense, 16-bit.
 _FMA_PER_CLOCK = {"sm_80": 1024, "sm_89": 256, "sm_90": 2048, "gfx942": 1024}
-_POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64",
-             torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e4m3fnuz: "*fp8e4b8"}  # fmt: skip
+_POINTERS = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float8_e4m3fn: "*fp8e4nv",
+    torch.float8_e4m3fnuz: "*fp8e4b8", torch.int64: "*i64", torch.uint8: "*u8",
+}  # fmt: skip
 
 
 def tensors(problem: ConvProblem) -> dict[str, Tensor | None]:
@@ -102,13 +105,13 @@ def _ranges(case: Shipped) -> Any:
 def _call(case: Shipped) -> None:
     from kernels.interpreted import FPROP, PROLOGUE
 
-    from wrn_fast.kernels import bn_bwd_apply, dgrad, dropout, fprop, stats, wgrad
+    from wrn_fast.kernels import bn_bwd_apply, dgrad, dropout, fprop, masks, stats, wgrad
 
     op, problem, t = case.op, case.problem, tensors(case.problem)
     tile = ()
-    if op in ("fprop", "dgrad", "wgrad"):
+    if op in ("fprop", "dgrad", "wgrad", "input_grad"):
         arch = arch_of_target(case.target)
-        config = replace(heuristic(op, problem, arch), box=case.box)
+        config = replace(heuristic("dgrad" if op == "input_grad" else op, problem, arch), box=case.box)
         tile = (in_fp8(config, problem, arch) if case.precision == "fp8" else config, case.precision)
     vectors = [t[n] for n in PROLOGUE]
     calls: dict[str, Callable] = {
@@ -118,6 +121,15 @@ def _call(case: Shipped) -> None:
         "bn_bwd_apply": lambda: bn_bwd_apply.bn_bwd_apply(
             problem, t["x"], t["x"], t["stats"], t["gamma"], torch.empty((2, problem.C), device="meta")
         ),
+        "input_grad": lambda: dgrad.input_grad(
+            problem,
+            *tile,
+            t["dy"],
+            t["w"],
+            torch.empty(mask_shape(t["x"].shape), dtype=torch.uint8, device="meta"),
+            torch.empty(problem.C, device="meta"),
+        ),
+        "act_mask": lambda: masks.act_mask(problem, t["x"], *vectors),
         "channel_stats": lambda: stats.channel_stats(problem, t["x"]),
         "dropout": lambda: dropout.dropout(problem, t["x"], t["rng"]),
     }

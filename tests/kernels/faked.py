@@ -89,10 +89,11 @@ def driver() -> Iterator[list[Seen]]:
 
 def kernels() -> list[Any]:
     """Every bound kernel."""
-    from wrn_fast.kernels import bn_bwd_apply, conv, dropout, stats, wgrad
+    from wrn_fast.kernels import bn_bwd_apply, conv, dropout, fp8, masks, stats, wgrad
     from wrn_fast.kernels.bound import Bound
 
-    return [v for m in (bn_bwd_apply, conv, dropout, stats, wgrad) for v in vars(m).values() if isinstance(v, Bound)]
+    modules = (bn_bwd_apply, conv, dropout, fp8, masks, stats, wgrad)
+    return [v for module in modules for v in vars(module).values() if isinstance(v, Bound)]
 
 
 def forget() -> None:

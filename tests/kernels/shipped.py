@@ -86,8 +86,13 @@ def _others(route: Route) -> Iterator[tuple[str, str, ConvProblem]]:
     yield "160 conv2", "fprop", layer(160, 160, 32, route, **ACT, residual=True, want_stats=True)
     yield "16-160 short dgrad", "dgrad", layer(16, 160, 32, route, 1, **ACT, want_stats=True)
     yield "160-320 short dgrad", "dgrad", layer(160, 320, 32, route, 1, 2, **ACT, want_stats=True)
+    for width in (16, 64, 160, 320, 640):
+        same = partial(layer, width, width, IMAGES[width], route)
+        yield f"{width} input_grad", "input_grad", same(prologue=True, act="relu")
+    yield "160-320 input_grad", "input_grad", layer(160, 320, 32, route, 3, 2, prologue=True, act="relu")
     for width in (16, 160):
         same = partial(layer, width, width, IMAGES[width], route, 1)
+        yield f"{width} act_mask", "act_mask", same(**ACT)
         yield f"{width} bn_bwd_apply", "bn_bwd_apply", same(prologue=True, affine=True, batch_stats=True)
         yield f"{width} channel_stats", "channel_stats", same()
         yield f"{width} dropout", "dropout", same(p=0.3, drop_at="output")

@@ -60,10 +60,11 @@ def test_shared_memory_fits_the_chip():
 
 
 def test_two_byte_loads_only_where_a_row_is_too_short_for_others():
-    """Odd channel counts; on gfx942 also filters of 16 columns, which are shorter than its wave."""
+    """Odd channel counts; 16 columns, which are two bytes of a bit mask and less than a wave of gfx942 loads."""
     for name, row in rows():
         odd = width_of(name) in ("3-16", "7")
-        assert row["narrow"] == 0 or odd or (name.startswith("gfx942 ") and row["narrow"] <= 9), (name, row)
+        allowed = 9 if name.startswith("gfx942 ") else 2 if name.endswith(" input_grad") else 0
+        assert row["narrow"] <= allowed or odd, (name, row)
 
 
 def test_every_convolution_uses_tensor_instructions():

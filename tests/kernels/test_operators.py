@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-OPS, PRIMITIVES, EXACT = ("tests/test_ops.py", "tests/backends/test_primitives.py", "tests/backends/test_exact.py")
+OPS = "tests/test_ops.py"
+PRIMITIVES, EXACT, MASKS = (f"tests/backends/test_{name}.py" for name in ("primitives", "exact", "masks"))
 # About a minute each on one core.
 PIECES = {
     "opcheck of fprop": (OPS, "opcheck and fprop"),
@@ -27,6 +28,8 @@ PIECES = {
     "primitives in float32": (PRIMITIVES, "triton and float32 and not direct"),
     "primitives in float32, direct": (PRIMITIVES, "triton and direct"),
     "primitives in float64": (PRIMITIVES, "triton and float64"),
+    "masks in 16 bits": (MASKS, "triton and (float16 or bfloat16)"),
+    "masks": (MASKS, "triton and not float16 and not bfloat16"),
     "exact": (EXACT, "triton and not every_small_image"),
 }
 # Minutes each.

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wrn_fast import masks, scales, tuned
+from wrn_fast import scales, tuned
 from wrn_fast.errors import WrnFastError
 from wrn_fast.kernels import configs
 from wrn_fast.precision import current
@@ -171,13 +171,15 @@ def dot_precision(problem: ConvProblem, index: int | None) -> str:
 def _launchers() -> dict[str, Callable]:
     """Imports triton."""
     from wrn_fast.kernels.bn_bwd_apply import bn_bwd_apply
-    from wrn_fast.kernels.dgrad import dgrad
+    from wrn_fast.kernels.dgrad import dgrad, input_grad
     from wrn_fast.kernels.dropout import dropout
     from wrn_fast.kernels.fprop import fprop
+    from wrn_fast.kernels.masks import act_mask
     from wrn_fast.kernels.stats import channel_stats
     from wrn_fast.kernels.wgrad import wgrad
 
-    return {f.__name__: f for f in (bn_bwd_apply, channel_stats, dgrad, dropout, fprop, wgrad)} | {"fprop_fp8": fprop}
+    functions = (act_mask, bn_bwd_apply, channel_stats, dgrad, dropout, fprop, input_grad, wgrad)
+    return {f.__name__: f for f in functions} | {"fprop_fp8": fprop}
 
 
 def launch(op: str, problem: ConvProblem, tile: configs.TileConfig | None, *tensors: Any) -> Any:
@@ -189,7 +191,7 @@ def launch(op: str, problem: ConvProblem, tile: configs.TileConfig | None, *tens
     elif op == "fprop_fp8":
         how = (config(op, problem, index), "fp8")
     else:
-        how = (tile or config(op, problem, index), dot_precision(problem, index))
+        how = (tile or config(_KERNEL_OF.get(op, op), problem, index), dot_precision(problem, index))
     if index is None or index == torch.cuda.current_device():
         return _launchers()[op](problem, *how, *tensors)
     with torch.cuda.device(index):
@@ -271,24 +273,14 @@ def act_mask(
     problem: ConvProblem, x: Tensor, stats: Tensor | None, gamma: Tensor | None, beta: Tensor | None
 ) -> Tensor:
     """uint8 [N,H,W,ceil(C/8)]: one bit an element, set where act'(bn(x)) is 1."""
-    v = x.to(problem.stats_dtype)
-    if stats is not None:
-        gamma, beta = (None if t is None else t.to(v.dtype) for t in (gamma, beta))
-        v = torch.batch_norm(v, gamma, beta, stats[0], stats[1], False, 0.0, problem.eps, False)
-    return masks.pack(~(v <= 0) if problem.act == "relu" else v > 0)
+    return launch("act_mask", problem, None, x, stats, gamma, beta)
 
 
 def input_grad(
     problem: ConvProblem, dy: Tensor, w: Tensor, mask: Tensor | None, scale: Tensor | None, rng: Tensor | None
 ) -> Tensor:
     """dx [N,C,H,W] = scale * act' * dropout'(dgrad(dy, w)), where only x wants a gradient and BatchNorm is in eval."""
-    shape = problem.N, problem.C, problem.H, problem.W
-    if mask is None:
-        x = torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
-    else:
-        x = masks.signs(mask, problem.C, dy).contiguous(memory_format=torch.channels_last)
-    g, _ = dgrad(problem._replace(prologue=False), dy, x, w, None, None, None, rng)
-    return g if scale is None else (g * scale[:, None, None]).to(dy.dtype)
+    return launch("input_grad", problem, None, dy, w, mask, scale, rng)
 
 
 def bn_bwd_apply(

@@ -29,19 +29,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from wrn_fast.kernels.bound import Bound
 from wrn_fast.kernels.configs import TileConfig
-from wrn_fast.kernels.tile import (
-    act_bwd,
-    act_fwd,
-    affine_tile,
-    dot,
-    drop,
-    drop_args,
-    keep_tile,
-    prologue,
-    round_to,
-    tile_stats,
-    wide,
-)
+from wrn_fast.kernels.epilogue import dgrad_columns, fprop_columns, ratio
+from wrn_fast.kernels.tile import dot, drop_args, prologue, wide
 
 
 @dataclass(frozen=True)
@@ -98,6 +87,7 @@ class ConvSpec:
     stats: bool = False  # fprop: (pivot, offset, M2) a tile; dgrad: sums of g and g*xhat
     in_bn: bool = False  # dgrad's epilogue: BatchNorm and activation of x
     in_act: int = 0
+    in_mask: bool = False  # act' as one bit an element, in place of BatchNorm and activation of x
     scaled: bool = False  # operands in e4m3: sums times `factor`, those of the shortcut times `factor_short`
     box: tuple[int, int, int] = (0, 0, 0)  # images, rows, columns that a tile reads at once; 0: by pointers
 
@@ -128,91 +118,12 @@ def _load_filter(pointer, offsets, mask, EVEN: tl.constexpr):
     return b
 
 
-@triton.jit
-def _ratio(factor, factor_short, k, COLS: tl.constexpr):
-    """What turns the first source's sums into units of the second's."""
-    return tl.load(factor + k, mask=k < COLS, other=0.0) / tl.load(factor_short + k, mask=k < COLS, other=1.0)
-
-
-@triton.jit
-def _fprop_columns(acc, tile, rows, pixel, base, col, y, y_act, residual, bias, out_scale, out_shift, rng, partial,
-                   threshold, keep, keep_low, spec: tl.constexpr, BLOCK_COLS: tl.constexpr,
-                   WIDE: tl.constexpr):  # fmt: skip
-    """y = drop(acc + bias + residual), y_act = drop(act(y*scale + shift)), statistics of y as written."""
-    COLS: tl.constexpr = spec.cols
-    k = col + tl.arange(0, BLOCK_COLS)
-    km = k < COLS
-    valid = rows[:, None] & km[None, :]
-    index = pixel[:, None] * COLS + k[None, :]
-    v = acc
-    if spec.bias:
-        v += tl.load(bias + k, mask=km, other=0.0).to(WIDE)[None, :]
-    if spec.residual:
-        v += tl.load(residual + base + index, mask=valid, other=0.0).to(WIDE)
-    if spec.drop_y:
-        kept = keep_tile(base, pixel, col, rng, threshold, COLS, BLOCK_COLS)
-        v = drop(v, kept, keep, keep_low, WIDE)
-    v_out = round_to(v, y.dtype.element_ty)
-    if spec.store_y:
-        tl.store(y + base + index, v_out, mask=valid)
-    v = v_out.to(WIDE)
-    if spec.act_out >= 0:
-        z = v
-        if spec.out_scale:
-            z = z * tl.load(out_scale + k, mask=km, other=0.0).to(WIDE)[None, :]
-        if spec.out_shift:
-            z = z + tl.load(out_shift + k, mask=km, other=0.0).to(WIDE)[None, :]
-        z = act_fwd(z, spec.act_out, spec.slope)
-        if spec.drop_act:
-            kept = keep_tile(base, pixel, col, rng, threshold, COLS, BLOCK_COLS)
-            z = drop(z, kept, keep, keep_low, WIDE)
-        tl.store(y_act + base + index, round_to(z, y_act.dtype.element_ty), mask=valid)
-    if spec.stats:
-        pivot, offset, m2 = tile_stats(v, rows, valid, WIDE)
-        part = partial + tile.to(tl.int64) * (3 * COLS)
-        tl.store(part + k, pivot, mask=km)
-        tl.store(part + COLS + k, offset, mask=km)
-        tl.store(part + 2 * COLS + k, m2, mask=km)
-
-
-@triton.jit
-def _dgrad_columns(acc, tile, rows, pixel, base, col, g, x_in, affine_in, rng, partial, threshold, keep, keep_low,
-                   spec: tl.constexpr, BLOCK_COLS: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """g = acc * mask * act'(bn(x)), sums of g as written and of g * xhat."""
-    COLS: tl.constexpr = spec.cols
-    k = col + tl.arange(0, BLOCK_COLS)
-    km = k < COLS
-    valid = rows[:, None] & km[None, :]
-    index = pixel[:, None] * COLS + k[None, :]
-    v = acc
-    if spec.in_act > 0 or spec.stats:
-        xv = tl.load(x_in + base + index, mask=valid, other=0.0).to(WIDE)
-    if spec.drop_y:
-        kept = keep_tile(base, pixel, col, rng, threshold, COLS, BLOCK_COLS)
-        v = drop(v, kept, keep, keep_low, WIDE)
-    if spec.in_act > 0:
-        u = xv
-        if spec.in_bn:
-            u = affine_tile(xv, affine_in, k, COLS, spec.center)
-        v = act_bwd(v, u, spec.in_act, spec.slope)
-    v_out = round_to(v, g.dtype.element_ty)
-    tl.store(g + base + index, v_out, mask=valid)
-    if spec.stats:
-        v = tl.where(valid, v_out.to(WIDE), 0.0)
-        mean = tl.load(affine_in + 2 * COLS + k, mask=km, other=0.0)
-        rstd = tl.load(affine_in + 3 * COLS + k, mask=km, other=0.0)
-        xhat = tl.where(valid, (xv - mean[None, :]) * rstd[None, :], 0.0)
-        part = partial + tile.to(tl.int64) * (2 * COLS)
-        tl.store(part + k, tl.sum(v, 0), mask=km)
-        tl.store(part + COLS + k, tl.sum(v * xhat, 0), mask=km)
-
-
 @Bound
 @triton.jit(do_not_specialize=RUNTIME)
 def _conv_kernel(x, w, affine, x_short, w_short, affine_short, y, y_act, residual, bias, out_scale, out_shift, x_in,
-                 affine_in, rng, partial, factor, factor_short, N, threshold, keep, keep_low, spec: tl.constexpr,
-                 BLOCK_ROWS: tl.constexpr, BLOCK_RED: tl.constexpr, COLS0: tl.constexpr, COLS1: tl.constexpr,
-                 PREC: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+                 affine_in, mask_in, rng, partial, factor, factor_short, N, threshold, keep, keep_low,
+                 spec: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_RED: tl.constexpr, COLS0: tl.constexpr,
+                 COLS1: tl.constexpr, PREC: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     """See the head of the file. Absent tensors are None, which is no argument of the compiled kernel."""
     H: tl.constexpr = spec.H
     W: tl.constexpr = spec.W
@@ -316,9 +227,9 @@ def _conv_kernel(x, w, affine, x_short, w_short, affine_short, y, y_act, residua
         if COLS1 > 0:
             d1 = cr[:, None] + k1[None, :] * C2
         if spec.scaled:
-            acc0 *= _ratio(factor, factor_short, k0, COLS)[None, :]
+            acc0 *= ratio(factor, factor_short, k0, COLS)[None, :]
             if COLS1 > 0:
-                acc1 *= _ratio(factor, factor_short, k1, COLS)[None, :]
+                acc1 *= ratio(factor, factor_short, k1, COLS)[None, :]
             factor = factor_short
         for e0 in tl.range(0, C2, BLOCK_RED):
             c = e0 + cr
@@ -341,17 +252,18 @@ def _conv_kernel(x, w, affine, x_short, w_short, affine_short, y, y_act, residua
     pixel = (n * spec.out_h + i * spec.out_step + spec.out_first_h) * spec.out_w + j * spec.out_step + spec.out_first_w
     base = first.to(tl.int64) * (spec.out_h * spec.out_w * COLS)
     if spec.backward:
-        _dgrad_columns(acc0, tile, rows, pixel, base, col, y, x_in, affine_in, rng, partial, threshold, keep, keep_low,
-                       spec, COLS0, WIDE)  # fmt: skip
+        base_mask = first.to(tl.int64) * (spec.out_h * spec.out_w * ((COLS + 7) // 8))
+        dgrad_columns(acc0, tile, rows, pixel, base, base_mask, col, y, x_in, affine_in, mask_in, out_scale, rng,
+                      partial, threshold, keep, keep_low, spec, COLS0, WIDE)  # fmt: skip
         if COLS1 > 0:
-            _dgrad_columns(acc1, tile, rows, pixel, base, col + COLS0, y, x_in, affine_in, rng, partial, threshold,
-                           keep, keep_low, spec, COLS1, WIDE)  # fmt: skip
+            dgrad_columns(acc1, tile, rows, pixel, base, base_mask, col + COLS0, y, x_in, affine_in, mask_in,
+                          out_scale, rng, partial, threshold, keep, keep_low, spec, COLS1, WIDE)  # fmt: skip
     else:
-        _fprop_columns(acc0, tile, rows, pixel, base, col, y, y_act, residual, bias, out_scale, out_shift, rng, partial,
-                       threshold, keep, keep_low, spec, COLS0, WIDE)  # fmt: skip
+        fprop_columns(acc0, tile, rows, pixel, base, col, y, y_act, residual, bias, out_scale, out_shift, rng, partial,
+                      threshold, keep, keep_low, spec, COLS0, WIDE)  # fmt: skip
         if COLS1 > 0:
-            _fprop_columns(acc1, tile, rows, pixel, base, col + COLS0, y, y_act, residual, bias, out_scale, out_shift,
-                           rng, partial, threshold, keep, keep_low, spec, COLS1, WIDE)  # fmt: skip
+            fprop_columns(acc1, tile, rows, pixel, base, col + COLS0, y, y_act, residual, bias, out_scale, out_shift,
+                          rng, partial, threshold, keep, keep_low, spec, COLS1, WIDE)  # fmt: skip
 
 
 def row_tiles(problem_n: int, spec: ConvSpec, config: TileConfig) -> int:
@@ -389,5 +301,5 @@ def launch(
 
 
 _OPTIONAL = ("affine", "x_short", "w_short", "affine_short", "y_act", "residual", "bias", "out_scale", "out_shift",
-             "x_in", "affine_in", "rng", "partial", "factor", "factor_short")  # fmt: skip
+             "x_in", "affine_in", "mask_in", "rng", "partial", "factor", "factor_short")  # fmt: skip
 _NO_DROP = (None, None, None)
