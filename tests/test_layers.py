@@ -20,6 +20,7 @@ LAYERS = {
         "tuned",
         "precision",
         "random",
+        "scales",
         "setting",
         "steps",
         "cache",
@@ -31,7 +32,7 @@ LAYERS = {
     3: {"dispatch"},
     4: {"ops", "autograd"},
     5: {"functional", "chain"},
-    6: {"reference", "block", "model", "convert", "parity", "mc", "graphs"},
+    6: {"reference", "block", "model", "convert", "parity", "mc", "graphs", "fp8"},
     7: {"tune", "verify", "cli", "demo", "recipes"},
 }
 SIDEWAYS = {
@@ -45,6 +46,7 @@ SIDEWAYS = {
     "model": {"block", "reference"},
     "convert": {"block", "model", "reference", "parity"},
     "parity": {"reference"},
+    "fp8": {"parity"},
     "mc": {"block", "model", "convert", "reference"},
     "verify": set(),
     "cli": {"tune", "verify"},

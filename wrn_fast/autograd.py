@@ -14,6 +14,8 @@ from torch import Tensor
 from wrn_fast import dispatch, masks, ops
 from wrn_fast.backends import aten
 from wrn_fast.checks import fprop_problem
+from wrn_fast.errors import WrnFastError
+from wrn_fast.precision import FP8
 from wrn_fast.precision import current as current_precision
 from wrn_fast.precision import take_over as take_over_precision
 from wrn_fast.problem import TENSORS, FpropArgs
@@ -163,6 +165,8 @@ def _below_autograd(keyset: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _autograd(keyset: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if current_precision() == FP8:
+            raise WrnFastError("`x`: expected no gradients under precision 'fp8' (torch.no_grad()), got grad mode on")
         return _Fprop.apply(keyset, *args)
     return _below_autograd(keyset, *args)
 
