@@ -52,8 +52,8 @@ struct Sm90Fprop {
   const float* out_scale = nullptr;  // [K]; null: 1
   const float* out_shift = nullptr;  // [K]; null: 0
 
-  // Null: not wanted. Part i of sm90_parts(): count[i] pixels, their mean moments[i][0][k] and the sum of squared
-  // distances from it moments[i][1][k]. A part may be empty (count 0, both 0). Merge in the order of i.
+  // Null: not wanted. Part i of sm90_parts(), at most 64 pixels: counts[i] of them, their mean moments[i][0][k] and the
+  // sum of squared distances from it moments[i][1][k]. A part may be empty (count 0, both 0). Merge in the order of i.
   float* counts = nullptr;   // [parts]
   float* moments = nullptr;  // [parts][2][K]
 };
