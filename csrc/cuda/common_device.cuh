@@ -80,8 +80,9 @@ struct Block {
   }
 };
 
+// At most 128 registers: two blocks a multiprocessor keep enough loads in flight.
 template <class Kernel>
-__global__ void __launch_bounds__(kThreads) run(const Kernel kernel) {
+__global__ void __launch_bounds__(kThreads, 2) run(const Kernel kernel) {
   __shared__ typename Kernel::Shared shared;
   kernel(Block{static_cast<int64_t>(blockIdx.x), static_cast<int>(blockIdx.y)}, shared);
 }

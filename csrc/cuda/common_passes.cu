@@ -5,20 +5,20 @@ namespace wrn_fast {
 namespace cuda {
 namespace {
 
-constexpr int kRowsInFlight = 4;   // rows that a thread loads before it uses the first
+constexpr int kInFlight = 4;       // vectors that a thread loads before it uses the first
 constexpr int64_t kBlocks = 2048;  // beyond these a block takes more rows, and makes its channels' vectors once for all
 
 struct NoShared {};
 
-// Calls row(place, r, first element) of the rows of a block, kRowsInFlight at a time: `load` all, then `use` all.
-template <class Load, class Use>
+// Walks the rows of a block kRows at a time: load(u, row) of all, then use(u, row) of all.
+template <int kRows, class Load, class Use>
 WRN_DEVICE void each_row(const Walk& walk, const Place& place, int64_t begin, int64_t end, Load load, Use use) {
-  for (int64_t row = begin + place.lane; row < end; row += static_cast<int64_t>(walk.lanes) * kRowsInFlight) {
+  for (int64_t row = begin + place.lane; row < end; row += static_cast<int64_t>(walk.lanes) * kRows) {
 #pragma unroll
-    for (int u = 0; u < kRowsInFlight; ++u)
+    for (int u = 0; u < kRows; ++u)
       if (row + u * walk.lanes < end) load(u, row + u * walk.lanes);
 #pragma unroll
-    for (int u = 0; u < kRowsInFlight; ++u)
+    for (int u = 0; u < kRows; ++u)
       if (row + u * walk.lanes < end) use(u, row + u * walk.lanes);
   }
 }
@@ -53,8 +53,8 @@ struct Apply {
       }
       const Dropped<W> dropped(mask);
       const int64_t begin = block.x * block_rows, end = begin + block_rows < rows ? begin + block_rows : rows;
-      Vector<T, V> in[kRowsInFlight];
-      each_row(
+      Vector<T, V> in[kInFlight];
+      each_row<kInFlight>(
           walk, place, begin, end, [&](int u, int64_t row) { in[u] = load<V>(x + row * C + c); },
           [&](int u, int64_t row) {
             const int64_t at = row * C + c;
@@ -93,21 +93,21 @@ struct BnBackward {
       const Place place(walk, block.y, t);
       if (!place.active) return;
       const int c = place.vector * V;
-      W scale[V], mean[V], rstd[V], mean_g[V], mean_gx[V];
+      W scale[V], mean[V], mean_g[V], of_xhat[V];
       channels(gamma, c, W(1), scale);
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        rstd[j] = reciprocal_deviation(stats[C + c + j], static_cast<W>(eps));
-        scale[j] *= rstd[j];
+        const W rstd = reciprocal_deviation(stats[C + c + j], static_cast<W>(eps));
+        scale[j] *= rstd;
         if constexpr (kSums) {
           mean[j] = stats[c + j];
           mean_g[j] = sums[c + j] / static_cast<W>(rows);
-          mean_gx[j] = sums[C + c + j] / static_cast<W>(rows);
+          of_xhat[j] = sums[C + c + j] / static_cast<W>(rows) * rstd;
         }
       }
       const int64_t begin = block.x * block_rows, end = begin + block_rows < rows ? begin + block_rows : rows;
-      Vector<T, V> of_g[kRowsInFlight], of_x[kRowsInFlight];
-      each_row(
+      Vector<T, V> of_g[kInFlight / 2], of_x[kInFlight / 2];
+      each_row<kInFlight / 2>(
           walk, place, begin, end,
           [&](int u, int64_t row) {
             of_g[u] = load<V>(g + row * C + c);
@@ -118,7 +118,7 @@ struct BnBackward {
 #pragma unroll
             for (int j = 0; j < V; ++j) {
               W v = widen(of_g[u].v[j]);
-              if constexpr (kSums) v = v - mean_g[j] - (widen(of_x[u].v[j]) - mean[j]) * rstd[j] * mean_gx[j];
+              if constexpr (kSums) v = v - mean_g[j] - (widen(of_x[u].v[j]) - mean[j]) * of_xhat[j];
               out.v[j] = narrow<T>(v * scale[j]);
             }
             store(dx + row * C + c, out);
@@ -145,24 +145,24 @@ struct ActBackward {
   int C;
   Act act;
 
+  WRN_DEVICE W rstd(int c) const { return stats ? reciprocal_deviation(stats[C + c], static_cast<W>(eps)) : W(1); }
+
   WRN_DEVICE void operator()(const Block& block, Shared& s) const {
     block.each([&](int t) {
       const Place place(walk, block.y, t);
       W sum[V] = {}, product[V] = {};
       if (place.active) {
         const int c = place.vector * V;
-        W mean[V], rstd[V], scale[V], shift[V];
+        W mean[V], scale[V], shift[V];
         channels(stats, c, W(0), mean);
-        channels(stats ? stats + C : nullptr, c, W(1), rstd);
         channels(gamma, c, W(1), scale);
         channels(beta, c, W(0), shift);
 #pragma unroll
-        for (int j = 0; j < V; ++j)
-          if (stats) rstd[j] = reciprocal_deviation(rstd[j], static_cast<W>(eps));
+        for (int j = 0; j < V; ++j) scale[j] *= rstd(c + j);
         const Dropped<W> dropped(mask);
         const int64_t begin = block.x * tile_rows, end = begin + tile_rows < rows ? begin + tile_rows : rows;
-        Vector<T, V> of_da[kRowsInFlight], of_x[kRowsInFlight];
-        each_row(
+        Vector<T, V> of_da[kInFlight / 2], of_x[kInFlight / 2];
+        each_row<kInFlight / 2>(
             walk, place, begin, end,
             [&](int u, int64_t row) {
               of_da[u] = load<V>(da + row * C + c);
@@ -177,10 +177,11 @@ struct ActBackward {
               Vector<T, V> out;
 #pragma unroll
               for (int j = 0; j < V; ++j) {
-                const W xhat = (widen(of_x[u].v[j]) - mean[j]) * rstd[j];
-                out.v[j] = narrow<T>(activate_backward(v[j], xhat * scale[j] + shift[j], act, static_cast<W>(slope)));
+                const W centered = widen(of_x[u].v[j]) - mean[j];
+                out.v[j] =
+                    narrow<T>(activate_backward(v[j], centered * scale[j] + shift[j], act, static_cast<W>(slope)));
                 sum[j] += widen(out.v[j]);
-                product[j] += widen(out.v[j]) * xhat;
+                product[j] += widen(out.v[j]) * centered;
               }
               store(g + at, out);
             });
@@ -201,7 +202,7 @@ struct ActBackward {
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         to[j] = s.first[j][t];
-        to[C + j] = s.second[j][t];
+        to[C + j] = s.second[j][t] * rstd(place.vector * V + j);
       }
     });
   }
@@ -232,7 +233,7 @@ struct AffineTable {
 
 // Rows of a block: a few loads a thread, more where the grid is full anyway.
 int64_t block_rows_of(const Rows& shape, const Walk& walk) {
-  const int64_t least = static_cast<int64_t>(walk.lanes) * kRowsInFlight;
+  const int64_t least = static_cast<int64_t>(walk.lanes) * kInFlight;
   const int64_t times = shape.rows / (least * kBlocks);
   return least * (times < 1 ? 1 : times > 16 ? 16 : times);
 }
