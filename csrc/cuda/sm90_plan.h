@@ -3,6 +3,8 @@
 // The launcher encodes the maps for the driver; the host-run tool of tests/cuda reads the same numbers.
 #pragma once
 
+#include <cstring>
+
 #include "sm90.h"
 #include "sm90_index.h"
 
@@ -73,6 +75,53 @@ inline PixelTile tile_of(Sm90Tile t, Extent e) {
   return jobs_of(schedule_of(whole, e, 1, 1)) <= jobs_of(schedule_of(four, e, 1, 1)) ? whole : four;
 }
 
+// The compiled kernels: X(block_k, Sm90Tile, 64-row blocks a warpgroup, filter rows a fetch serves).
+#define SM90_FETCH9(X)                                                                                \
+  X(16, fetch9, 1, 1)                                                                                 \
+  X(32, fetch9, 1, 1) X(48, fetch9, 1, 1) X(64, fetch9, 1, 1) X(80, fetch9, 1, 1) X(96, fetch9, 1, 1) \
+      X(128, fetch9, 1, 1) X(160, fetch9, 1, 1)
+#define SM90_SHIFT3(X) X(64, shift3, 2, 3) X(128, shift3, 2, 3) X(160, shift3, 2, 3)
+
+inline int64_t packed_bytes(int64_t K, int64_t C, int R, int S) {
+  return K * R * S * chunks_of(C) * kRowBytes;
+}
+
+inline Extent extent_of(int64_t W, int64_t H, int64_t N) {
+  return {static_cast<int>(W), static_cast<int>(H), static_cast<int>(N)};
+}
+
+// The pixels that a pass writes, those of the widest parity.
+inline Extent written(const ConvShape& s, bool dgrad) {
+  return dgrad ? extent_of(class_size(s.W, s.stride, 0), class_size(s.H, s.stride, 0), s.N) : extent_of(s.Q, s.P, s.N);
+}
+inline Schedule schedule_for(const ConvShape& s, bool dgrad, Sm90Tile tile) {
+  const Extent e = written(s, dgrad);
+  const int64_t channels = dgrad ? s.C : s.K;
+  return schedule_of(tile_of(tile, e), e, static_cast<int>(channels / block_k_of(channels)),
+                     dgrad ? s.stride * s.stride : 1);
+}
+inline int64_t parts_of(const ConvShape& s, bool dgrad, Sm90Tile tile) {
+  return static_cast<int64_t>(pixel_tiles(schedule_for(s, dgrad, tile))) * kConsumers * blocks_of(tile);
+}
+
+// Why fprop or dgrad cannot be served, or null.
+inline const char* refuses(const char* op, const ConvShape& s, DType dtype, Sm90Tile tile) {
+  const bool dgrad = std::strcmp(op, "dgrad") == 0;
+  if (dtype != DType::bf16 && dtype != DType::f16) return "needs bfloat16 or float16";
+  if (s.C % 16 || s.K % 16) return "needs C and K to be multiples of 16";
+  if (s.stride < 1 || s.stride > 2) return "needs stride 1 or 2";
+  if (s.R > 7 || s.S > 7) return "needs a filter of at most 7x7";
+  if (dgrad && (s.H < s.stride || s.W < s.stride)) return "needs an image of at least stride x stride";
+  if (s.N > 1 << 24 || s.H > 1 << 14 || s.W > 1 << 14 || s.P > 1 << 14 || s.Q > 1 << 14) return "needs smaller images";
+  if (static_cast<double>(pixel_tiles(schedule_for(s, dgrad, tile))) * 64 > 1 << 30) return "needs fewer pixels";
+  if (tile == Sm90Tile::shift3) {
+    const int block_k = block_k_of(dgrad ? s.C : s.K);
+    if (block_k != 64 && block_k != 128 && block_k != 160) return "shift3 needs K in blocks of 64, 128 or 160";
+    if (s.R != 3 || s.S != 3 || s.stride != 1) return "shift3 needs a 3x3 filter at stride 1";
+  }
+  return nullptr;
+}
+
 // x [N,H,W,C]: boxes of 64 channels x the tile's pixels, every `step`-th of them, with `halo` more rows.
 inline MapSpec source_map(const void* x, int64_t N, int64_t H, int64_t W, int64_t C, PixelTile t, int halo, int step) {
   MapSpec m;
@@ -120,9 +169,6 @@ inline MapSpec output_map(const void* y, int64_t N, int64_t H, int64_t W, int64_
   return m;
 }
 
-inline Extent extent_of(int64_t W, int64_t H, int64_t N) {
-  return {static_cast<int>(W), static_cast<int>(H), static_cast<int>(N)};
-}
 inline void take_prologue(Source& s, const Sm90Prologue& p) {
   s.scale = p.scale;
   s.shift = p.shift;
@@ -133,10 +179,9 @@ inline void take_prologue(Source& s, const Sm90Prologue& p) {
 inline ConvParams<MapSpec> fprop_params(const Sm90Fprop& f) {
   const ConvShape& s = f.shape;
   ConvParams<MapSpec> p;
-  const Extent out = extent_of(s.Q, s.P, s.N);
-  const PixelTile t = tile_of(f.tile, out);
-  p.schedule = schedule_of(t, out, static_cast<int>(s.K / block_k_of(s.K)), 1);
-  p.out[0] = out;
+  p.schedule = schedule_for(s, false, f.tile);
+  const PixelTile t = p.schedule.tile;
+  p.out[0] = written(s, false);
   p.R = s.R;
   p.S = s.S;
   p.w = f.w;
@@ -176,10 +221,8 @@ inline ConvParams<MapSpec> fprop_params(const Sm90Fprop& f) {
 inline ConvParams<MapSpec> dgrad_params(const Sm90Dgrad& d) {
   const ConvShape& s = d.shape;
   ConvParams<MapSpec> p;
-  const Extent widest = extent_of(class_size(s.W, s.stride, 0), class_size(s.H, s.stride, 0), s.N);
-  const PixelTile t = tile_of(d.tile, widest);
-  const int classes = s.stride * s.stride;
-  p.schedule = schedule_of(t, widest, static_cast<int>(s.C / block_k_of(s.C)), classes);
+  p.schedule = schedule_for(s, true, d.tile);
+  const PixelTile t = p.schedule.tile;
   p.R = s.R;
   p.S = s.S;
   p.w = d.w;
@@ -192,7 +235,7 @@ inline ConvParams<MapSpec> dgrad_params(const Sm90Dgrad& d) {
   }
   p.has_side = d.x;
   p.has_y = true;
-  for (int c = 0; c < classes; ++c) {
+  for (int c = 0; c < p.schedule.classes; ++c) {
     p.out[c] = extent_of(class_size(s.W, s.stride, c & 1), class_size(s.H, s.stride, c >> 1), s.N);
     if (d.x) p.side[c] = output_map(d.x, s.N, s.H, s.W, s.C, t, s.stride, c);
     p.y[c] = output_map(d.g, s.N, s.H, s.W, s.C, t, s.stride, c);
