@@ -223,6 +223,8 @@ def plan_cpu(library: str) -> NinjaFile:
 def plan_cuda(library: str) -> NinjaFile:
     if not sources("cuda"):
         raise Unbuildable("this version has no CUDA sources (csrc/cuda)")
+    if not list((CSRC / "cuda").glob("sm90_*.cu")):
+        raise Unbuildable("this version has no Hopper kernels (csrc/cuda/sm90_*.cu)")
     torch = torch_without_cuda() if wishes() is None else None
     if torch:
         raise Unbuildable(f"torch {torch} is a build without CUDA (WRN_FAST_BUILD=cpu,cuda builds it all the same)")

@@ -50,5 +50,8 @@ inline void positive(int64_t value, const char* name) {
 
 using release = pybind11::call_guard<pybind11::gil_scoped_release>;
 
+// module_sm90.cpp
+void bind_sm90(pybind11::module_& m);
+
 }  // namespace cuda
 }  // namespace wrn_fast

@@ -103,6 +103,7 @@ PYBIND11_MODULE(_cuda, m) {
   namespace py = pybind11;
   m.doc() = "Kernels of the cuda backend: pointers, sizes and a stream, see wrn_fast/backends/cuda.py";
   m.attr("DEVICE") = WRN_DEVICE_TYPE;
+  bind_sm90(m);
 
   m.def("apply", &bind_apply, release(), py::kw_only(), py::arg("dtype"), py::arg("rows"), py::arg("C"), py::arg("x"),
         py::arg("stats") = 0, py::arg("gamma") = 0, py::arg("beta") = 0, py::arg("eps") = 0., py::arg("act") = 0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import shutil
@@ -41,6 +42,7 @@ def compile_all(jobs):
         list(pool.map(one, jobs))
 
 
+@functools.cache
 def build():
     """The extension as a module. Objects lie in build/ under the hash of what they are made of, for the next run."""
     compiler = next((name for name in ("g++", "clang++") if shutil.which(name)), None)
@@ -51,9 +53,12 @@ def build():
     if not Path(python, "Python.h").is_file():
         pytest.skip("needs Python's development headers")
     common = [compiler, "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-w", "-ffp-contract=off",
-              f"-I{HERE}", f"-I{ROOT / 'csrc'}", "-isystem", pybind11.get_include(), "-isystem", python,
+              f"-I{HERE}", f"-I{HERE / 'stub'}", f"-I{ROOT / 'csrc'}", "-isystem", pybind11.get_include(),
+              "-isystem", python,
               '-DWRN_DEVICE_LAYER="common_host.h"', '-DWRN_DEVICE_TYPE="cpu"', "-x", "c++"]  # fmt: skip
-    headers = sorted([*CUDA.glob("*.h"), *CUDA.glob("common*.cuh"), *HERE.glob("*.h"), ROOT / "csrc" / "problem.h"])
+    headers = sorted(
+        [*CUDA.glob("*.h"), *CUDA.glob("common*.cuh"), HERE / "common_host.h", ROOT / "csrc" / "problem.h"]
+    )
     sources = sorted([*CUDA.glob("common*.cu"), *CUDA.glob("module*.cpp"), *HERE.glob("*_host.cpp")])
     shared = b"".join(header.read_bytes() for header in headers) + " ".join(common).encode()
     folder = ROOT / "build" / "cuda_on_cpu"
