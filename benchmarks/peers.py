@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import wrn_fast
 from benchmarks.cases import Case, twin, with_weights_of
 from benchmarks.tasks import Inputs, Variant
 from wrn_fast import parity
@@ -52,22 +53,29 @@ def _anything(case: Case, device: str) -> str | None:
 
 
 def _sampled(call: Call, case: Case) -> Call:
-    """For mc_dropout: one forward after the other, as the reference is evaluated, and their mean."""
+    """For mc_dropout: one forward after the other, as the reference is evaluated, and their mean feature."""
     if case.task != "mc_dropout":
         return call
-    return lambda x: torch.stack([call(x)[0] for _ in range(case.samples)]).mean(0)
+    return lambda x: torch.stack([call(x)[1] for _ in range(case.samples)]).mean(0)
 
 
 def _batched(call: Call, case: Case) -> Call:
-    """For mc_dropout: all samples as one batch, each image of which draws its own masks, and their mean."""
+    """For mc_dropout: all samples as one batch, each image of which draws its own masks, and their mean feature."""
     if case.task != "mc_dropout":
         return call
-    return lambda x: call(x.repeat(case.samples, 1, 1, 1))[0].mean(0, keepdim=True)
+    return lambda x: call(x.repeat(case.samples, 1, 1, 1))[1].mean(0, keepdim=True)
 
 
 def _ours(module: nn.Module, x: Tensor, case: Case) -> tuple[Call, nn.Module]:
     fast = with_weights_of(twin(case.subject.fast(), device=x.device, memory_format=torch.channels_last), module)
-    return _batched(fast, case), fast
+    if case.task == "mc_dropout":
+        return lambda x: _mean_feature(wrn_fast.mc_predict(fast, x, case.samples)), fast
+    return fast, fast
+
+
+def _mean_feature(prediction: wrn_fast.MCPrediction) -> Tensor:
+    assert prediction.features is not None
+    return prediction.features.mean(0)
 
 
 def _eager_nchw(module: nn.Module, x: Tensor, case: Case) -> tuple[Call, nn.Module]:

@@ -101,8 +101,11 @@ struct DgradArgs {
   const void* x = nullptr;  // null: no prologue, g = da
   Prologue prologue;
   const float* rstd = nullptr;  // [C], needed for sums_g
-  void* g = nullptr;            // [N,H,W,C]
-  float* sums_g = nullptr;      // [2,C]; null: not wanted
+  // Instead of x, for a gradient by x alone: bits of act' (masks.h), and [C] that g is multiplied by. No sums then.
+  const uint8_t* mask = nullptr;
+  const float* out_scale = nullptr;
+  void* g = nullptr;        // [N,H,W,C]
+  float* sums_g = nullptr;  // [2,C]; null: not wanted
 };
 
 // dw = the gradient of y = conv(prologue(x), w) by w. f4: Winograd F(3x3,4x4), 3x3 at stride 1 only.

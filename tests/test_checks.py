@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from wrn_fast import dispatch, functional, ops
 from wrn_fast.errors import WrnFastError
-from wrn_fast.problem import FpropArgs
+from wrn_fast.problem import TENSORS, FpropArgs
 
 N, C, H, W, K = 2, 3, 6, 7, 4
 NAN, INF = float("nan"), float("inf")
@@ -33,7 +33,6 @@ def good():
     }  # fmt: skip
 
 
-TENSORS = ops.TENSORS
 # Where x changes, another argument may be the one that no longer fits.
 BLAMED = {"x": set(TENSORS), "x_short": {"x_short", "w_short", "stats_short", "gamma_short", "beta_short"}}
 
@@ -229,6 +228,11 @@ def others():
         "wgrad": {"dy": dy, "x": x, **source, "w_shape": [K, C, 3, 3], "w_dtype": torch.float32, **scalars},
         "bn_bwd_apply": {"g": x, "x": x, "stats": source["stats"], "gamma": source["gamma"],
                          "sums_g": torch.rand(2, C), "eps": 1e-5, "batch_stats": True},
+        "act_mask": {"x": x, "stats": source["stats"], "gamma": source["gamma"], "beta": source["beta"], "act": "relu",
+                     "slope": 0.1, "eps": 1e-5},
+        "input_grad": {"dy": dy, "w": w, "mask": torch.zeros(N, H, W, (C + 7) // 8, dtype=torch.uint8),
+                       "scale": torch.rand(C), "rng": source["rng"], "x_shape": [N, C, H, W], "stride": 1,
+                       "pad": [1, 1, 1, 1], "act": "relu", "slope": 0.1, "p": 0.5},
         "channel_stats": {"x": x},
         "dropout": {"x": x, "rng": source["rng"], "p": 0.5},
     }  # fmt: skip
@@ -265,6 +269,30 @@ BAD = [
     ("bn_bwd_apply", "sums_g", torch.rand(2, C).double()),
     ("bn_bwd_apply", "gamma", torch.rand(1)),
     ("bn_bwd_apply", "eps", -1.0),
+    ("act_mask", "x", torch.zeros(N, C, H, W, dtype=torch.int32)),
+    ("act_mask", "stats", torch.rand(2, C + 1)),
+    ("act_mask", "gamma", torch.rand(C, device="meta")),
+    ("act_mask", "act", "silu"),
+    ("act_mask", "act", "identity"),
+    ("act_mask", "eps", -1.0),
+    ("input_grad", "dy", torch.randn(N, K, H, W + 1)),
+    ("input_grad", "dy", torch.zeros(N, K, H, W, dtype=torch.int32)),
+    ("input_grad", "w", torch.randn(K, C + 1, 3, 3)),
+    ("input_grad", "w", torch.randn(K, C, 3, 3).double()),
+    ("input_grad", "mask", None),
+    ("input_grad", "mask", torch.zeros(N, H, W, (C + 7) // 8 + 1, dtype=torch.uint8)),
+    ("input_grad", "mask", torch.zeros(N, H, W, (C + 7) // 8, dtype=torch.bool)),
+    ("input_grad", "mask", torch.zeros(N, H, 2 * W, (C + 7) // 8, dtype=torch.uint8)[:, :, ::2]),
+    ("input_grad", "scale", torch.rand(C + 1)),
+    ("input_grad", "scale", torch.rand(C).double()),
+    ("input_grad", "rng", None),
+    ("input_grad", "x_shape", [N, C, H]),
+    ("input_grad", "x_shape", [N + 1, C, H, W]),
+    ("input_grad", "x_shape", [N, C, 0, W]),
+    ("input_grad", "stride", 0),
+    ("input_grad", "pad", [1, 1, 1]),
+    ("input_grad", "act", "silu"),
+    ("input_grad", "p", NAN),
     ("channel_stats", "x", torch.randn(N, C, H)),
     ("channel_stats", "x", torch.zeros(N, C, H, W, dtype=torch.int32)),
     ("channel_stats", "x", torch.zeros(N, 0, H, W)),

@@ -15,6 +15,7 @@ LAYERS = {
     0: {
         "errors",
         "checks",
+        "masks",
         "problem",
         "tuned",
         "precision",
@@ -28,16 +29,17 @@ LAYERS = {
     1: {"kernels", "packing"},
     2: {"backends"},
     3: {"dispatch"},
-    4: {"ops"},
+    4: {"ops", "autograd"},
     5: {"functional", "chain"},
     6: {"reference", "block", "model", "convert", "parity", "mc", "graphs"},
     7: {"tune", "verify", "cli", "demo"},
 }
 SIDEWAYS = {
-    "checks": {"errors", "problem"},
+    "checks": {"errors", "masks", "problem"},
     "problem": {"errors"},
     "precision": {"errors", "setting"},
     "steps": {"problem"},
+    "autograd": {"ops"},
     "tuned": {"errors", "problem", "cache"},
     "random": {"errors"},
     "model": {"block", "reference"},

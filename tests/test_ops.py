@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import wrn_fast
 from wrn_fast import dispatch, ops, parity
 from wrn_fast.functional import bn_act_conv, channel_stats
-from wrn_fast.problem import FpropArgs
+from wrn_fast.problem import TENSORS, FpropArgs
 
 pytestmark = pytest.mark.filterwarnings("ignore::wrn_fast.FallbackWarning")
 
@@ -20,7 +20,7 @@ LAYOUTS = ("NCHW", "channels_last", "sliced")
 
 
 def lay(v, layout):
-    if v is None or v.dim() != 4 or layout == "channels_last":
+    if v is None or v.dim() != 4 or v.dtype == torch.uint8 or layout == "channels_last":
         return v
     if layout == "NCHW":
         return v.contiguous()
@@ -38,7 +38,7 @@ def calls(monkeypatch):
 
 def fprop_arguments(call):
     """The raw operator's arguments."""
-    defaults = dict.fromkeys(ops.TENSORS) | {"act_out": "none", "want_y": True, "want_stats": True}
+    defaults = dict.fromkeys(TENSORS) | {"act_out": "none", "want_y": True, "want_stats": True}
     t = dict(call.tensors)
     for suffix in ("", "_short"):
         if call.scalars[(f"{suffix}_batch_stats").lstrip("_")]:
@@ -58,6 +58,20 @@ def primitive_arguments(name, mode, dtype):
         "dgrad": lambda: [dy, a.x, a.w, a.stats, a.gamma, a.beta, a.rng, *source, a.stats is not None],
         "wgrad": lambda: [dy, a.x, a.stats, a.gamma, a.beta, a.rng, list(a.w.shape), a.w.dtype, *source],
         "bn_bwd_apply": lambda: [a.x.flip(0), a.x, a.stats, a.gamma, a.stats, a.eps, a.batch_stats],
+        "act_mask": lambda: [a.x, a.stats, a.gamma, a.beta, "relu", a.slope, a.eps],
+        "input_grad": lambda: [
+            dy,
+            a.w,
+            ops.act_mask(a.x, a.stats, a.gamma, a.beta, "relu", a.slope, a.eps),
+            None if a.stats is None else a.stats[1].clone(),
+            a.rng,
+            list(a.x.shape),
+            a.stride,
+            a.pad,
+            "relu",
+            a.slope,
+            p,
+        ],
         "channel_stats": lambda: [a.x],
         "dropout": lambda: [a.x, torch.randint(2**62, (2,)), 0.3],
     }[name]()
@@ -65,8 +79,10 @@ def primitive_arguments(name, mode, dtype):
 
 OPCHECK = [
     *(("fprop", mode) for mode in ("train", "no prologue", "everything")),
-    *((name, mode) for name in ("dgrad", "wgrad") for mode in ("train", "no prologue", "dropout", "stride 2")),
+    *((name, m) for name in ("dgrad", "wgrad", "input_grad") for m in ("train", "no prologue", "dropout", "stride 2")),
     *(("bn_bwd_apply", mode) for mode in ("train", "eval", "no affine")),
+    ("act_mask", "train"),
+    ("act_mask", "no prologue"),
     ("channel_stats", "train"),
     ("dropout", "train"),
 ]
@@ -78,7 +94,7 @@ def test_opcheck(name, mode, layout):
     opcheck(name, mode, layout, torch.float32)
 
 
-@pytest.mark.parametrize("name", ["fprop", "dgrad", "wgrad", "channel_stats"])
+@pytest.mark.parametrize("name", ["fprop", "dgrad", "wgrad", "act_mask", "input_grad", "channel_stats"])
 def test_opcheck_of_bfloat16(name):
     """Statistics and sums are wider than the data."""
     opcheck(name, "train", "NCHW", torch.bfloat16)
@@ -315,7 +331,7 @@ def test_two_runs_are_bit_equal():
         assert all(map(torch.equal, runs[0], other))
 
 
-@pytest.mark.parametrize("name", ["dgrad", "wgrad", "bn_bwd_apply", "channel_stats", "dropout"])
+@pytest.mark.parametrize("name", [name for name in dispatch.OPS if name != "fprop"])
 def test_primitives_record_nothing(name):
     """Only fprop has a gradient; that of another one's inner calls would be wrong and hold memory."""
     arguments = [

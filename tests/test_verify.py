@@ -203,7 +203,7 @@ def test_neither_model_nor_the_generator_is_changed(seed):
     for m, old in zip((model, plain), before):
         assert all(torch.equal(v, old[k]) for k, v in m.state_dict().items())
     assert all(w.grad is None for m in (model, plain) for w in m.parameters())
-    assert not plain.block1.layer[0].relu2._forward_hooks
+    assert not plain.block1.layer[0].conv2._forward_pre_hooks
 
 
 def test_trained_statistics_are_kept_where_asked(seed):

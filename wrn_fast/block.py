@@ -1,8 +1,8 @@
 """Residual blocks through the fused operator: what a block is made of, and one way to run it.
 
-Two operator calls a block. Statistics of a block's output are taken where it is written and handed to the next block's
-BatchNorm inside a chain; a block that someone listens to (hooks, parametrizations, a replaced forward) is called as the
-module that it is, and then nothing is handed on.
+One operator call a convolution. Statistics of a block's output are taken where it is written and handed to the next
+block's BatchNorm inside a chain; a block that someone listens to (hooks, parametrizations, a replaced forward) is
+called as the module that it is, and then nothing is handed on.
 """
 
 from __future__ import annotations
@@ -18,22 +18,30 @@ from wrn_fast.chain import run_blocks
 from wrn_fast.functional import bn_act_conv, channel_stats
 
 
+class Stage(NamedTuple):
+    """BatchNorm, activation and convolution: one operator call."""
+
+    bn: nn.BatchNorm2d
+    conv: nn.Conv2d
+    act: tuple[str, float] = ("relu", 0.0)  # name, slope
+    pad: tuple[int, int, int, int] = (1, 1, 1, 1)  # left, right, top, bottom
+
+
 class BlockParts(NamedTuple):
     """A pre-activation block as data. Modules are read at each call: flags, statistics and weights may change."""
 
-    bn1: nn.BatchNorm2d
-    conv1: nn.Conv2d
-    bn2: nn.BatchNorm2d
-    conv2: nn.Conv2d
+    stages: tuple[Stage, ...]
     shortcut: nn.Conv2d | None  # 1x1; None: x itself, raw
-    act1: tuple[str, float] = ("relu", 0.0)  # name, slope
-    act2: tuple[str, float] = ("relu", 0.0)
     p: float = 0.0
-    drop_at: str = "prologue"  # of conv2, after act2; "output": of conv1, before bn2
-    conv1_reads_x: bool = False  # raw x; bn1 then only moves its running statistics
-    shortcut_reads_x: bool = False  # raw x instead of act1(bn1(x))
-    pad1: tuple[int, int, int, int] = (1, 1, 1, 1)  # left, right, top, bottom
-    pad2: tuple[int, int, int, int] = (1, 1, 1, 1)
+    drop_at: str = "prologue"  # of the last convolution; "output": of the one before it, before the last BatchNorm
+    conv1_reads_x: bool = False  # raw x; the first BatchNorm then only moves its running statistics
+    shortcut_reads_x: bool = False  # raw x instead of act(bn(x)) of the first stage
+
+    @property
+    def slope(self) -> float:
+        """Of the last call: the operator has one for the last activation and the shortcut's, that of the leaky one."""
+        last = self.stages[-1].act
+        return last[1] if last[0] == "leaky_relu" else self.stages[0].act[1]
 
 
 class FastBlock:
@@ -152,9 +160,9 @@ def batch_norm(bn: nn.BatchNorm2d, x: Tensor, stats: Tensor | None) -> Prologue:
 def run_block(
     parts: BlockParts, x: Tensor, stats: Tensor | None, want_stats: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """One block in two operator calls.
+    """One block, an operator call a convolution.
 
-        a = act1(bn1(x));  h = conv1(a or x);  b = act2(bn2(h));  y = conv2(b) + (x, or shortcut(a or x))
+        h_0 = x;  h_i = conv_i(act_i(bn_i(h_{i-1})));  y = h_l + (x, or shortcut(act_1(bn_1(x)) or x))
 
     Args:
         parts: the block.
@@ -168,28 +176,31 @@ def run_block(
     return leave_block(parts, x, *enter_block(parts, x, stats), want_stats)
 
 
-def enter_block(parts: BlockParts, x: Tensor, stats: Tensor | None) -> tuple[Prologue, Tensor, Tensor | None]:
-    """The first operator call of a block: (bn1's arguments, h, statistics of h or None)."""
-    bn1 = batch_norm(parts.bn1, x, stats)
-    first: dict[str, Any] = {"act": "identity"}
-    if not parts.conv1_reads_x:
-        first = bn1._asdict() | {"act": parts.act1[0], "slope": parts.act1[1]}
-    h, h_stats, _ = bn_act_conv(
-        x, parts.conv1.weight, bias=parts.conv1.bias, stride=parts.conv1.stride[0], pad=parts.pad1,
-        p=parts.p if parts.drop_at == "output" else 0.0, drop_at=parts.drop_at,
-        want_stats=uses_batch_stats(parts.bn2), **first,
-    )  # fmt: skip
-    return bn1, h, h_stats if h_stats.numel() else None
+def enter_block(parts: BlockParts, x: Tensor, stats: Tensor | None) -> tuple[Prologue, Tensor, Prologue]:
+    """All but the last operator call: (the first BatchNorm's arguments, h, the last BatchNorm's arguments for h)."""
+    stages = parts.stages
+    first = norm = batch_norm(stages[0].bn, x, stats)
+    h = x
+    for i in range(1, len(stages)):
+        stage, bn = stages[i - 1], stages[i].bn
+        prologue: dict[str, Any] = {"act": "identity"}
+        if i > 1 or not parts.conv1_reads_x:
+            prologue = norm._asdict() | {"act": stage.act[0], "slope": stage.act[1]}
+        dropping = parts.drop_at == "output" and i == len(stages) - 1
+        h, h_stats, _ = bn_act_conv(
+            h, stage.conv.weight, bias=stage.conv.bias, stride=stage.conv.stride[0], pad=stage.pad,
+            p=parts.p if dropping else 0.0, drop_at=parts.drop_at, want_stats=uses_batch_stats(bn), **prologue,
+        )  # fmt: skip
+        norm = batch_norm(bn, h, h_stats if h_stats.numel() else None)
+    return first, h, norm
 
 
 def leave_block(
-    parts: BlockParts, x: Tensor, bn1: Prologue, h: Tensor, h_stats: Tensor | None, want_stats: bool
+    parts: BlockParts, x: Tensor, first: Prologue, h: Tensor, norm: Prologue, want_stats: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The second operator call of a block: (y, statistics of y or None)."""
-    bn2 = batch_norm(parts.bn2, h, h_stats)
-    bias = parts.conv2.bias
-    # The operator has one slope for both of its activations: that of the leaky one.
-    slope = parts.act2[1] if parts.act2[0] == "leaky_relu" else parts.act1[1]
+    """The last operator call of a block, after what `enter_block` gave: (y, statistics of y or None)."""
+    stage = parts.stages[-1]
+    bias = stage.conv.bias
     short: dict[str, Any] = {}
     if parts.shortcut is None:
         short["residual"] = x
@@ -197,14 +208,14 @@ def leave_block(
         short |= {"x_short": x, "w_short": parts.shortcut.weight, "short_stride": parts.shortcut.stride[0]}
         if not parts.shortcut_reads_x:
             short |= {
-                "stats_short": bn1.stats, "gamma_short": bn1.gamma, "beta_short": bn1.beta, "short_eps": bn1.eps,
-                "short_batch_stats": bn1.batch_stats, "short_act": parts.act1[0],
+                "stats_short": first.stats, "gamma_short": first.gamma, "beta_short": first.beta,
+                "short_eps": first.eps, "short_batch_stats": first.batch_stats, "short_act": parts.stages[0].act[0],
             }  # fmt: skip
         if parts.shortcut.bias is not None:
             bias = parts.shortcut.bias if bias is None else bias + parts.shortcut.bias
     y, y_stats, _ = bn_act_conv(
-        h, parts.conv2.weight, bn2.stats, bn2.gamma, bn2.beta, bias, eps=bn2.eps, batch_stats=bn2.batch_stats,
-        stride=parts.conv2.stride[0], pad=parts.pad2, act=parts.act2[0], slope=slope,
+        h, stage.conv.weight, norm.stats, norm.gamma, norm.beta, bias, eps=norm.eps, batch_stats=norm.batch_stats,
+        stride=stage.conv.stride[0], pad=stage.pad, act=stage.act[0], slope=parts.slope,
         p=parts.p if parts.drop_at == "prologue" else 0.0, drop_at=parts.drop_at, want_stats=want_stats, **short,
     )  # fmt: skip
     return y, y_stats if want_stats else None
@@ -239,5 +250,5 @@ def run_chain(units: Sequence[nn.Module], x: Tensor, stats: Tensor | None = None
             x, stats = unit(x), None
             continue
         follower = parts[i + 1] if i + 1 < len(units) else None
-        x, stats = run_block(here, x, stats, follower is not None and uses_batch_stats(follower.bn1))
+        x, stats = run_block(here, x, stats, follower is not None and uses_batch_stats(follower.stages[0].bn))
     return x

@@ -13,8 +13,8 @@ from wrn_fast.problem import ConvProblem
 from wrn_fast.steps import Norm, Short, Step
 
 _DTYPES = (torch.float32, torch.bfloat16)
-# Slots: the input, what conv1 of a block gives, two that blocks' outputs take in turns, the last block's output.
-_INPUT, _INNER, _PING, _PONG, _OUTPUT = range(5)
+# Slots: the input, two for what is inside a block, two that blocks' outputs take in turns, the last block's output.
+_INPUT, _INNER, _OTHER, _PING, _PONG, _OUTPUT = range(6)
 
 
 def run_blocks(blocks: Sequence[Any], x: Tensor) -> Tensor | None:
@@ -28,7 +28,7 @@ def run_blocks(blocks: Sequence[Any], x: Tensor) -> Tensor | None:
         [N, K, P, Q], equal bit for bit to the blocks' own operators, masks of dropout included; None under autograd, a
         compiler, autocast or a dispatch mode, where BatchNorm uses the batch, and where the backend has no chain.
     """
-    if not _plain_inference(x):
+    if not plain_inference(x):
         return None
     steps = _steps(blocks, x)
     if steps is None:
@@ -41,7 +41,8 @@ def run_blocks(blocks: Sequence[Any], x: Tensor) -> Tensor | None:
     return run(x.contiguous(memory_format=torch.channels_last), drawn)
 
 
-def _plain_inference(x: Tensor) -> bool:
+def plain_inference(x: Tensor) -> bool:
+    """Is x a plain batch of images, and does nobody but the caller look: autograd, a compiler, autocast, a mode?"""
     return (
         type(x) is Tensor
         and x.dim() == 4
@@ -70,6 +71,10 @@ def _norm(bn: nn.BatchNorm2d, channels: int) -> Norm | None:
     return Norm(mean, var, gamma, beta)
 
 
+def _affine(norm: Norm) -> bool:
+    return norm.gamma is not None or norm.beta is not None
+
+
 def _filter(conv: nn.Conv2d, x: Tensor, channels: int) -> Tensor | None:
     """The weight if it is dense, of x's device, and of x's dtype or float32."""
     w: Any = conv._parameters.get("weight")
@@ -86,53 +91,58 @@ def _steps(blocks: Sequence[Any], x: Tensor) -> list[Step] | None:
     n, c, h, w = x.shape
     here, free = _INPUT, [_PING, _PONG]
     for block in blocks:
-        if (
-            block.conv1_reads_x
-            or block.shortcut_reads_x
-            or block.conv1.bias is not None
-            or block.conv2.bias is not None
-        ):
+        found = _block_steps(block, x, (n, c, h, w), here, free[0])
+        if found is None:
             return None
-        norm1, w1 = _norm(block.bn1, c), _filter(block.conv1, x, c)
-        if norm1 is None or w1 is None:
-            return None
-        k1, _, r, s = w1.shape
-        inner = block.p > 0 and block.drop_at == "prologue"
-        outer = block.p > 0 and not inner
-        first = ConvProblem(
-            x.device.type, x.dtype, w1.dtype, n, h, w, c, k1, r, s, block.conv1.stride[0], block.pad1, block.act1[0],
-            block.act1[1], block.bn1.eps, True, norm1.gamma is not None or norm1.beta is not None,
-            p=block.p if outer else 0.0, drop_at="output" if outer else "none",
-        )  # fmt: skip
-        norm2, w2 = _norm(block.bn2, k1), _filter(block.conv2, x, k1)
-        if norm2 is None or w2 is None or first.P < 1 or first.Q < 1:
-            return None
-        k2, _, r, s = w2.shape
-        short: Short | None = None
-        residual: int | None = here
-        fields: dict[str, Any] = {"residual": True}
-        if block.shortcut is not None:
-            w_short = _filter(block.shortcut, x, c)
-            if w_short is None or w_short.shape[2:] != (1, 1) or block.shortcut.bias is not None:
-                return None
-            short, residual = Short(here, (h, w), w_short, norm1), None
-            fields = {
-                "short_C": c, "short_stride": block.shortcut.stride[0], "short_prologue": True,
-                "short_affine": first.affine, "short_act": block.act1[0], "short_eps": block.bn1.eps,
-            }  # fmt: skip
-        second = ConvProblem(
-            x.device.type, x.dtype, w2.dtype, n, first.P, first.Q, k1, k2, r, s, block.conv2.stride[0], block.pad2,
-            block.act2[0], block.act2[1], block.bn2.eps, True, norm2.gamma is not None or norm2.beta is not None,
-            p=block.p if inner else 0.0, drop_at="prologue" if inner else "none", **fields,
-        )  # fmt: skip
-        stride = block.shortcut.stride[0] if block.shortcut is not None else 1
-        if (second.P, second.Q) != ((h - 1) // stride + 1, (w - 1) // stride + 1) or (short is None and k2 != c):
-            return None
-        there = free[0]
-        steps.append(Step(first, here, _INNER, w1, norm1))
-        steps.append(Step(second, _INNER, there, w2, norm2, None, residual, short))
-        free = [free[1], there]
-        n, c, h, w, here = n, k2, second.P, second.Q, there
+        last = found[-1].problem
+        steps += found
+        free = [free[1], free[0]]
+        n, c, h, w, here = n, last.K, last.P, last.Q, found[-1].y
     if steps:
         steps[-1] = steps[-1]._replace(y=_OUTPUT)
     return steps or None
+
+
+def _block_steps(block: Any, x: Tensor, shape: tuple[int, int, int, int], here: int, there: int) -> list[Step] | None:
+    """A block that reads slot `here` of the given shape and writes slot `there`; None where it has no steps."""
+    if block.conv1_reads_x or block.shortcut_reads_x:
+        return None
+    steps: list[Step] = []
+    n, c0, h0, w0 = shape
+    c, h, w, source, final = c0, h0, w0, here, len(block.stages) - 1
+    for i, stage in enumerate(block.stages):
+        norm, weight = _norm(stage.bn, c), _filter(stage.conv, x, c)
+        if norm is None or weight is None or stage.conv.bias is not None or h < 1 or w < 1:
+            return None
+        k, _, r, s = weight.shape
+        p, drop_at = 0.0, "none"
+        if block.p > 0 and i == (final if block.drop_at == "prologue" else final - 1):
+            p, drop_at = block.p, block.drop_at
+        residual: int | None = None
+        short: Short | None = None
+        fields: dict[str, Any] = {}
+        if i == final and block.shortcut is None:
+            residual, fields = here, {"residual": True}
+        elif i == final:
+            first_norm = steps[0].norm if steps else norm
+            w_short = _filter(block.shortcut, x, c0)
+            if w_short is None or w_short.shape[2:] != (1, 1) or block.shortcut.bias is not None:
+                return None
+            short = Short(here, (h0, w0), w_short, first_norm)
+            fields = {
+                "short_C": c0, "short_stride": block.shortcut.stride[0], "short_prologue": True,
+                "short_affine": _affine(first_norm), "short_act": block.stages[0].act[0],
+                "short_eps": block.stages[0].bn.eps,
+            }  # fmt: skip
+        slope = block.slope if i == final else stage.act[1]
+        problem = ConvProblem(
+            x.device.type, x.dtype, weight.dtype, n, h, w, c, k, r, s, stage.conv.stride[0], stage.pad, stage.act[0],
+            slope, stage.bn.eps, True, _affine(norm), p=p, drop_at=drop_at, **fields,
+        )  # fmt: skip
+        target = there if i == final else (_INNER, _OTHER)[i % 2]
+        steps.append(Step(problem, source, target, weight, norm, None, residual, short))
+        c, h, w, source = k, problem.P, problem.Q, target
+    stride = block.shortcut.stride[0] if block.shortcut is not None else 1
+    if (h, w) != ((h0 - 1) // stride + 1, (w0 - 1) // stride + 1) or (block.shortcut is None and c != c0):
+        return None
+    return steps

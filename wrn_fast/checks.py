@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wrn_fast import masks
 from wrn_fast.errors import WrnFastError
 from wrn_fast.problem import DROP_AT, ConvProblem, FpropArgs
 
@@ -244,6 +245,63 @@ def dgrad_problem(
     return wgrad_problem(
         dy, x, stats, gamma, beta, rng, w.shape, w.dtype, stride, pad, act, slope, eps, p, want_sums
     )  # fmt: skip
+
+
+def act_mask_problem(
+    x: Tensor, stats: Tensor | None, gamma: Tensor | None, beta: Tensor | None, act: str, slope: float, eps: float
+) -> ConvProblem:
+    """The problem of act_mask, checked."""
+    problem = _plain_problem(
+        x, act=act, slope=slope, eps=eps, prologue=stats is not None, affine=gamma is not None or beta is not None
+    )
+    if act not in masks.ACTS:
+        raise WrnFastError(f"`act`: expected {' or '.join(masks.ACTS)}, whose derivative is one bit, got {act!r}")
+    check_prologue("", x, stats, gamma, beta)
+    return problem
+
+
+def input_grad_problem(
+    dy: Tensor,
+    w: Tensor,
+    mask: Tensor | None,
+    scale: Tensor | None,
+    rng: Tensor | None,
+    x_shape: Sequence[int],
+    stride: int,
+    pad: Sequence[int],
+    act: str,
+    slope: float,
+    p: float,
+) -> ConvProblem:
+    """The problem of input_grad, checked."""
+    check_x(dy, "dy")
+    if len(x_shape) != 4 or x_shape[0] != dy.shape[0] or min(x_shape[1:]) < 1:
+        raise WrnFastError(f"`x_shape`: expected [{dy.shape[0]}, C, H, W] for dy's batch, got {list(x_shape)}")
+    n, c, h, wd = x_shape
+    check_filter("w", w, dy, c)
+    k, _, r, s = w.shape
+    problem = ConvProblem(
+        dy.device.type, dy.dtype, w.dtype, n, h, wd, c, k, r, s, stride, _pad(pad), act, slope,
+        prologue=scale is not None, p=p, drop_at="prologue" if p > 0 else "none",
+    )  # fmt: skip
+    problem.check()
+    check_rng(rng, dy, p, "prologue")
+    check_activation("dy", dy, dy, (n, k, problem.P, problem.Q))
+    check_vector("scale", scale, dy, (c,), problem.stats_dtype)
+    if act not in (*masks.ACTS, "identity"):
+        raise WrnFastError(f"`act`: expected identity, {' or '.join(masks.ACTS)}, got {act!r}")
+    if (mask is None) != (act == "identity"):
+        want, got = ("None", "a mask") if act == "identity" else ("a mask", "None")
+        raise WrnFastError(f"`mask`: expected {want} for {act!r}, got {got}")
+    if mask is not None:
+        shape = masks.shape(x_shape)
+        if mask.dtype != torch.uint8 or tuple(mask.shape) != shape or not mask.is_contiguous():
+            raise WrnFastError(
+                f"`mask`: expected contiguous uint8 {list(shape)}, got {mask.dtype} {list(mask.shape)} "
+                f"with strides {mask.stride()}"
+            )
+        check_place("mask", mask, dy)
+    return problem
 
 
 def bn_bwd_apply_problem(

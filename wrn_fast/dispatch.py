@@ -19,7 +19,7 @@ from wrn_fast.errors import FallbackWarning, WrnFastError
 from wrn_fast.problem import ConvProblem
 from wrn_fast.setting import Setting
 
-OPS = ("fprop", "dgrad", "wgrad", "bn_bwd_apply", "channel_stats", "dropout")
+OPS = ("fprop", "dgrad", "wgrad", "bn_bwd_apply", "act_mask", "input_grad", "channel_stats", "dropout")
 # Devices that a backend was written for: only there is its refusal worth a warning.
 _DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",), "aten": ()}
 DEFAULT = (*(name for name in BACKENDS if name not in OPT_IN), *OPT_IN)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from wrn_fast import ops, random
+from wrn_fast import autograd, ops, random
 from wrn_fast.backends import aten
 from wrn_fast.checks import check_types, check_x
 from wrn_fast.errors import WrnFastError
@@ -144,7 +144,7 @@ def bn_act_conv(
         if rng is None and p != 0.0 and drop_at != "none":
             args = args._replace(rng=random.draw(x.device))
         if _composite_wanted():
-            return ConvOutput(*ops.composite(*args))
+            return ConvOutput(*autograd.composite(*args))
         if torch.is_grad_enabled():
             _check_gradient(args)
         return ConvOutput(*ops.fprop(*args))

@@ -240,8 +240,8 @@ class _SharedStage(_Stage):
 
     def finish(self, count: int) -> list[Tensor | None]:
         """From the first dropout on."""
-        bn1, h, _ = self.entered
-        y, _ = leave_block(self.first, torch.cat([self.y] * count), bn1, torch.cat([h] * count), None, False)
+        first, h, norm = self.entered
+        y, _ = leave_block(self.first, torch.cat([self.y] * count), first, torch.cat([h] * count), norm, False)
         for parts in self.rest:
             y, _ = run_block(parts, y, None)
         model = self.model

@@ -12,6 +12,7 @@ from wrn_fast import reference
 from wrn_fast.block import (
     BlockParts,
     FastBlock,
+    Stage,
     activation,
     hooked,
     listened,
@@ -23,32 +24,30 @@ from wrn_fast.block import (
 from wrn_fast.errors import WrnFastError
 from wrn_fast.functional import bn_act_conv
 
+_STAGES = tuple((f"bn{i}", f"relu{i}", f"conv{i}") for i in (1, 2, 3, 4))
+
 
 class BasicBlock(FastBlock, reference.BasicBlock):
-    """The reference's block in two operator calls. Its plain forward serves who hooks or replaces an inner module."""
+    """The reference's block, an operator call a convolution. Its plain forward serves who hooks an inner module."""
 
     def parts(self) -> BlockParts | None:
         """The block as data; None if an inner module is hooked, parametrized or of another kind than was built."""
         m: dict[str, Any] = self._modules
-        bn1, conv1, bn2, conv2 = m["bn1"], m["conv1"], m["bn2"], m["conv2"]
         shortcut = m.get("convShortcut")
-        act1, act2 = activation(m["relu1"]), activation(m["relu2"])
-        slopes = {act[1] for act in (act1, act2) if act is not None}
-        if (
-            type(bn1) is not nn.BatchNorm2d
-            or type(bn2) is not nn.BatchNorm2d
-            or act1 is None
-            or act2 is None
-            or len(slopes) > 1
-            or not (plain_conv(conv1) and plain_conv(conv2) and (shortcut is None or plain_conv(shortcut)))
-            or listened(self)
-        ):
+        if (shortcut is not None and not plain_conv(shortcut)) or listened(self):
             return None
+        stages, slope = [], None
+        for bn_name, relu_name, conv_name in _STAGES[: self.deepening]:
+            bn, conv, act = m[bn_name], m[conv_name], activation(m[relu_name])
+            if type(bn) is not nn.BatchNorm2d or act is None or not plain_conv(conv):
+                return None
+            # the operator has one slope for an activation and the shortcut's
+            if act[1] != (act[1] if slope is None else slope):
+                return None
+            slope = act[1]
+            stages.append(Stage(bn, conv, act, padding(conv)))
         dropping = self.droprate > 0 and (self.training or self.dropout_in_eval)
-        return BlockParts(
-            bn1, conv1, bn2, conv2, shortcut, act1, act2, self.droprate if dropping else 0.0,
-            pad1=padding(conv1), pad2=padding(conv2),
-        )  # fmt: skip
+        return BlockParts(tuple(stages), shortcut, self.droprate if dropping else 0.0)
 
 
 class NetworkBlock(reference.NetworkBlock):

@@ -12,13 +12,15 @@ move it. The fingerprint reads 64 elements, so a hidden write to a few others go
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 SAMPLES = 64
@@ -41,7 +43,17 @@ class _Entry:
     packs: dict[Hashable, Tensor | None]
 
 
+@dataclass
+class _Derived:
+    """What was known of several tensors when they were last seen, and what was made of them, if it is kept."""
+
+    refs: tuple[weakref.ref, ...]
+    state: tuple
+    made: tuple[Tensor, ...] | None = None
+
+
 _entries: dict[int, _Entry] = {}
+_derived: dict[int, _Derived] = {}
 
 
 def sample_step(count: int) -> int:
@@ -88,6 +100,55 @@ def lookup(
     return pack
 
 
+def derived(
+    sources: Sequence[Tensor], constants: Hashable, make: Callable[[], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """`make()`, kept by the rule of `lookup` while none of the tensors that it reads changes.
+
+    Args:
+        sources: the tensors, dense, on the CPU; the first is nobody else's first.
+        constants: what else the result depends on.
+        make: reads the sources and makes new tensors.
+    """
+    if not enabled():
+        return make()
+    key = id(sources[0])
+    entry = _derived.get(key)
+    state = (constants, *(_state(t, fingerprint(t)) for t in sources))
+    same = entry is not None and all(ref() is t for ref, t in zip(entry.refs, sources, strict=False))
+    if entry is None or not same or entry.state != state:
+        refs = (weakref.ref(sources[0], _forget_derived(key)), *(weakref.ref(t) for t in sources[1:]))
+        _derived[key] = _Derived(refs, state)
+        return make()
+    if entry.made is None:
+        entry.made = make()
+    return entry.made
+
+
+def fingerprint(v: Tensor) -> int:
+    """A hash of SAMPLES elements of a dense tensor, `sample_step` apart, by their bits: NaN equals itself."""
+    count = v.numel()
+    bits = v.detach().as_strided((count,), (1,)).view(_BITS[v.element_size()])
+    return hash(tuple(bits[_positions(count)].tolist()))
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@functools.lru_cache(maxsize=1024)
+def _positions(count: int) -> Tensor:
+    return torch.arange(min(count, SAMPLES)) * sample_step(count) % count
+
+
+def _forget_derived(key: int) -> Callable[[weakref.ref], None]:
+    def forget(ref: weakref.ref) -> None:
+        entry = _derived.get(key)
+        if entry is not None and entry.refs[0] is ref:
+            del _derived[key]
+
+    return forget
+
+
 def _forget_after(key: int) -> Callable[[weakref.ref], None]:
     def forget(ref: weakref.ref) -> None:
         entry = _entries.get(key)
@@ -105,19 +166,27 @@ def refresh(model: nn.Module | None = None) -> None:
     """
     if model is None:
         _entries.clear()
+        _derived.clear()
         return
     for w in model.parameters():
         _entries.pop(id(w), None)
+        _derived.pop(id(w), None)
 
 
 def report() -> list[Row]:
     """The packs that are kept now."""
-    return [
+    packs = [
         Row(tuple(entry.state[2]), key, pack.numel() * pack.element_size())
         for entry in list(_entries.values())
         for key, pack in list(entry.packs.items())
         if pack is not None
     ]
+    folded = [
+        Row(tuple(v.shape), "folded", v.numel() * v.element_size())
+        for entry in list(_derived.values())
+        for v in entry.made or ()
+    ]
+    return packs + folded
 
 
 def kept_bytes() -> int:

@@ -60,6 +60,10 @@ class FpropArgs(NamedTuple):
     want_stats: bool
 
 
+# The arguments of fprop that are tensors.
+TENSORS = FpropArgs._fields[:15]
+
+
 class ConvProblem(NamedTuple):
     """Every scalar of one call of a primitive. Built once a call (about 1 us), never changed."""
 

@@ -80,5 +80,14 @@ WRN_INLINE Vec activate_grad(Act act, Vec v, Vec slope) {
   }
 }
 
+// v of the prologue; absent arrays are skipped. c counts channels, n the channels left from c on.
+WRN_INLINE Vec pre_activation(const Prologue& p, Vec x, int64_t c, int64_t n) {
+  if (p.center) x -= load_upto(p.center + c, n);
+  if (p.scale && p.shift) return fma(x, load_upto(p.scale + c, n), load_upto(p.shift + c, n));
+  if (p.scale) return x * load_upto(p.scale + c, n);
+  if (p.shift) return x + load_upto(p.shift + c, n);
+  return x;
+}
+
 }  // namespace WRN_ISA
 }  // namespace wrn_fast

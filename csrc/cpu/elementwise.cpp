@@ -2,21 +2,13 @@
 #include "elementwise.h"
 
 #include "act.h"
+#include "masks.h"
 #include "philox.h"
 #include "tiles.h"
 
 namespace wrn_fast {
 namespace WRN_ISA {
 namespace {
-
-// v of the prologue; absent arrays are skipped. c counts channels, n the channels left from c on.
-WRN_INLINE Vec pre_activation(const Prologue& p, Vec x, int64_t c, int64_t n) {
-  if (p.center) x -= load_upto(p.center + c, n);
-  if (p.scale && p.shift) return fma(x, load_upto(p.scale + c, n), load_upto(p.shift + c, n));
-  if (p.scale) return x * load_upto(p.scale + c, n);
-  if (p.shift) return x + load_upto(p.shift + c, n);
-  return x;
-}
 
 // The multipliers of a tile in rows of tile.width; null without dropout.
 WRN_INLINE const float* tile_multipliers(float* buffer, const Dropout& dropout, const Tile& t, int64_t C) {
@@ -118,7 +110,7 @@ void stats(const StatsArgs& args) {
 }  // namespace
 
 extern const Passes passes;
-const Passes passes = {source, bn_bwd, stats};
+const Passes passes = {source, bn_bwd, stats, act_mask};
 
 }  // namespace WRN_ISA
 }  // namespace wrn_fast

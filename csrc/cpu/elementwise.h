@@ -42,10 +42,21 @@ struct StatsArgs {
   float* stats = nullptr;
 };
 
+// mask = bits of act'((x - center) * scale + shift) for act in {relu, leaky_relu}.
+struct MaskArgs {
+  int64_t rows = 0, C = 0;
+  DType dtype = DType::f32;
+  int threads = 1;
+  const void* x = nullptr;
+  Prologue prologue;
+  uint8_t* mask = nullptr;
+};
+
 struct Passes {
   void (*source)(const SourceArgs&);
   void (*bn_bwd)(const BnBwdArgs&);
   void (*stats)(const StatsArgs&);
+  void (*act_mask)(const MaskArgs&);
 };
 
 namespace avx512 {

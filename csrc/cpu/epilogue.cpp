@@ -2,6 +2,7 @@
 #include "epilogue.h"
 
 #include "act.h"
+#include "masks.h"
 #include "philox.h"
 
 namespace wrn_fast {
@@ -199,10 +200,13 @@ Epilogue fprop_epilogue(const FpropArgs& args, const void* addend) {
 }
 
 Epilogue dgrad_epilogue(const DgradArgs& args) {
+  const bool masked = args.mask || args.out_scale;
   const Act act = args.x ? args.prologue.act : Act::identity;
   const bool sums = args.sums_g, wide = args.dtype == DType::f32;
   Epilogue e = {};
-  e.run = wide ? dgrad_tile_for<float>(act, sums) : dgrad_tile_for<bf16>(act, sums);
+  e.run = masked ? masked_tile(args.dtype, args.prologue.act)
+          : wide ? dgrad_tile_for<float>(act, sums)
+                 : dgrad_tile_for<bf16>(act, sums);
   e.channels = args.shape.C;
   e.padded = panel_count(e.channels) * NR;
   e.dgrad = &args;

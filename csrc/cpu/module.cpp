@@ -131,6 +131,8 @@ PYBIND11_MODULE(_cpu, m) {
       .def("dgrad", &Plan::dgrad, release())
       .def("wgrad", &Plan::wgrad, release())
       .def("bn_bwd_apply", &Plan::bn_bwd_apply, release())
+      .def("act_mask", &Plan::act_mask, release())
+      .def("input_grad", &Plan::input_grad, release())
       .def("channel_stats", &Plan::channel_stats, release())
       .def("drop", &Plan::drop, release())
       .def("packed_size", &Plan::packed_size)

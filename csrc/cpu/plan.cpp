@@ -190,6 +190,38 @@ void Plan::bn_bwd_apply(int threads, Pointer g, Pointer x, Pointer stats, Pointe
   passes().bn_bwd(args);
 }
 
+void Plan::act_mask(int threads, Pointer x, Pointer stats, Pointer gamma, Pointer beta, Pointer mask) const {
+  const Affine affine(shape.C, stats, gamma, beta, eps, act, slope);
+  MaskArgs args;
+  args.rows = source_rows();
+  args.C = shape.C;
+  args.dtype = dtype;
+  args.threads = threads;
+  args.x = at<const void>(x);
+  args.prologue = affine.prologue;
+  args.mask = at<uint8_t>(mask);
+  passes().act_mask(args);
+}
+
+void Plan::input_grad(int threads, Pointer dy, Pointer w, int w_code, Pointer packed, Pointer mask, Pointer scale,
+                      Pointer rng, Pointer dx) const {
+  DgradArgs args;
+  args.shape = shape;
+  args.dtype = dtype;
+  args.algo = dgrad_algo;
+  args.threads = threads;
+  args.dy = at<const void>(dy);
+  args.w = filter(w, w_code, shape.C, shape.R, shape.S);
+  args.packed = at<const float>(packed);
+  args.prologue.act = act;
+  args.prologue.slope = slope;
+  args.prologue.dropout = dropout(rng, drop_at == DropAt::prologue);
+  args.mask = at<const uint8_t>(mask);
+  args.out_scale = at<const float>(scale);
+  args.g = at<void>(dx);
+  kernels().dgrad(args);
+}
+
 void Plan::channel_stats(int threads, Pointer x, Pointer stats) const {
   StatsArgs args;
   args.rows = source_rows();

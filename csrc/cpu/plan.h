@@ -56,6 +56,9 @@ struct Plan {
   void wgrad(int threads, Pointer dy, Pointer x, Pointer stats, Pointer gamma, Pointer beta, Pointer rng,
              Pointer dw) const;
   void bn_bwd_apply(int threads, Pointer g, Pointer x, Pointer stats, Pointer gamma, Pointer sums, Pointer dx) const;
+  void act_mask(int threads, Pointer x, Pointer stats, Pointer gamma, Pointer beta, Pointer mask) const;
+  void input_grad(int threads, Pointer dy, Pointer w, int w_code, Pointer packed, Pointer mask, Pointer scale,
+                  Pointer rng, Pointer dx) const;
   void channel_stats(int threads, Pointer x, Pointer stats) const;
   void drop(int threads, Pointer x, Pointer rng, Pointer y) const;
 

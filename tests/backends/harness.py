@@ -9,6 +9,7 @@ import torch
 from kernels import oracle
 
 from wrn_fast import dispatch, ops
+from wrn_fast.problem import TENSORS
 
 # Relu's derivative is a lottery where the pre-activation is within rounding of 0.
 KINK = 1e-5
@@ -71,7 +72,7 @@ def near_kink(case):
 def run_fprop(case, **replaced):
     t, p = {**case.tensors, **replaced}, case.problem
     return ops.fprop(
-        *(t.get(name) for name in ops.TENSORS), p.stride, list(p.pad), p.act, p.slope, p.eps, p.batch_stats, p.p,
+        *(t.get(name) for name in TENSORS), p.stride, list(p.pad), p.act, p.slope, p.eps, p.batch_stats, p.p,
         p.drop_at, p.short_stride, p.short_act, p.short_eps, False, p.act_out, p.want_y, p.want_stats,
     )  # fmt: skip
 

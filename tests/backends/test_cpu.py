@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -146,7 +147,9 @@ def test_every_instruction_set(isa, request):
     if isa == cpu.isa():
         pytest.skip("the tests of this process run it")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider"]
-    command += ["--seed", str(request.config.option.seed), "-k", "oracle or integers or special or threads", __file__]
+    chosen = "oracle or integers or special or threads or (test_masks and cpu)"
+    files = [__file__, str(Path(__file__).with_name("test_masks.py"))]
+    command += ["--seed", str(request.config.option.seed), "-k", chosen, *files]
     environment = {**os.environ, "WRN_FAST_ISA": isa}
     environment.pop("PYTEST_XDIST_WORKER", None)
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

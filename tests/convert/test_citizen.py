@@ -1,11 +1,7 @@
 """What people do with a model, done with an accelerated one: averaging, attacks, autocast, threads, processes."""
 
 import copy
-import os
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -238,68 +234,6 @@ def test_other_normalisations_are_not_recognised():
     block.bn1 = nn.SyncBatchNorm(16)
     accelerate(block)
     assert type(block) is family_x.BasicBlock and "SyncBatchNorm" in report(block).why[""]
-
-
-def test_distributed_data_parallel_equals_one_process(tmp_path):
-    worker = Path(__file__).with_name("ddp_worker.py")
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [subprocess.Popen([sys.executable, str(worker), str(r), str(tmp_path)], env=env) for r in range(2)]
-    assert [p.wait(timeout=240) for p in processes] == [0, 0]
-    for name in ("x spare", "ssl", "reference"):
-        torch.manual_seed(0)
-        model = randomised(FAMILIES[name]()).double()
-        x = torch.randn(4, 3, 32, 32, dtype=DOUBLE)
-        state = copy.deepcopy(model.state_dict())
-        want = {}
-        for half in x.split(2):  # each rank has batch statistics of its own; gradients are averaged
-            model.load_state_dict(state)
-            out = model(half)
-            (out[0] if isinstance(out, tuple) else out).square().sum().backward()
-        want = {k: None if p.grad is None else p.grad / 2 for k, p in model.named_parameters()}
-        first, second = (torch.load(tmp_path / f"{name} {r}.pt", weights_only=True) for r in range(2))
-        for key, value in want.items():
-            a, b = first["gradients"][key], second["gradients"][key]
-            if value is None:
-                assert a is None or not a.any(), key
-            else:
-                assert torch.equal(a, b), key
-                assert parity.error(a, value) <= parity.FLOAT64 or not value.any(), key
-
-
-SPAWNED = """
-import multiprocessing, sys
-sys.path[:0] = {path!r}
-import torch
-from families import family_x
-from wrn_fast.block import FastBlock
-from wrn_fast.convert import accelerate
-
-def child(model, x, queue):
-    plain = not any(isinstance(m, FastBlock) for m in model.modules())
-    queue.put((plain, accelerate(model)(x).tolist()))
-
-if __name__ == "__main__":
-    torch.manual_seed(0)
-    model, x = accelerate(family_x.WideResNet(10, 10, 1)).double().eval(), torch.randn(1, 3, 32, 32).double()
-    model.requires_grad_(False)
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=child, args=(model, x, queue))
-    process.start()
-    plain, values = queue.get(timeout=120)
-    process.join()
-    print(plain, torch.equal(torch.tensor(values, dtype=torch.float64), model(x)))
-"""
-
-
-@pytest.mark.long
-def test_a_spawned_process_gets_the_plain_model(tmp_path):
-    root = Path(__file__).resolve().parents[2]
-    script = tmp_path / "spawned.py"
-    script.write_text(SPAWNED.format(path=[str(root), str(root / "tests")]))
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=240)
-    assert done.stdout.split() == ["True", "True"], done.stderr
 
 
 def test_inference_mode_and_a_gradient_scaler():

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wrn_fast import random
+from wrn_fast import masks, random
 from wrn_fast.problem import ConvProblem
 
 NAME = "aten"
@@ -184,6 +184,18 @@ def _backward(problem: ConvProblem, dy: Tensor, a: Tensor, w: Tensor, which: lis
     return dx, dw
 
 
+def _da(problem: ConvProblem, dy: Tensor, x: Tensor, w: Tensor, rng: Tensor | None) -> Tensor:
+    """The gradient of the activation, in the accumulation dtype; of x only the shape is read."""
+    da, _ = _backward(problem, dy, x, w, [True, False, False])
+    left, _, top, _ = problem.pad
+    if da.shape[2:] != x.shape[2:]:
+        da = da[:, :, top : top + problem.H, left : left + problem.W]
+    da = da.to(problem.stats_dtype)
+    if problem.drop_at == "prologue" and problem.p > 0:
+        da = random.dropout(da, rng, problem.p)  # type: ignore[arg-type]
+    return da
+
+
 def dgrad(
     problem: ConvProblem,
     dy: Tensor,
@@ -196,13 +208,7 @@ def dgrad(
 ) -> tuple[Tensor, Tensor]:
     """(g [N,C,H,W], sums_g [2,C]): the gradient before the activation, and the sums of g and g*xhat."""
     wide = problem.stats_dtype
-    da, _ = _backward(problem, dy, x.to(problem.compute_dtype), w, [True, False, False])
-    left, _, top, _ = problem.pad
-    if da.shape[2:] != x.shape[2:]:
-        da = da[:, :, top : top + problem.H, left : left + problem.W]
-    g = da.to(wide)
-    if problem.drop_at == "prologue" and problem.p > 0:
-        g = random.dropout(g, rng, problem.p)  # type: ignore[arg-type]
+    g = _da(problem, dy, x.to(problem.compute_dtype), w, rng)
     if problem.act != "identity":
         v = normalize(x.to(wide), stats, gamma, beta, problem.eps)
         g = act_backward(g, v, problem.act, problem.slope)
@@ -227,6 +233,27 @@ def wgrad(
     a = _source(problem, x, stats, gamma, beta, rng)
     w = a.new_empty((problem.K, problem.C, problem.R, problem.S))
     return _nhwc(_backward(problem, dy, a, w, [False, True, False])[1], problem.w_dtype)
+
+
+def act_mask(
+    problem: ConvProblem, x: Tensor, stats: Tensor | None, gamma: Tensor | None, beta: Tensor | None
+) -> Tensor:
+    """uint8 [N,H,W,ceil(C/8)]: one bit an element, set where act'(bn(x)) is 1."""
+    v = normalize(x.to(problem.stats_dtype), stats, gamma, beta, problem.eps)
+    return masks.pack(~(v <= 0) if problem.act == "relu" else v > 0)
+
+
+def input_grad(
+    problem: ConvProblem, dy: Tensor, w: Tensor, mask: Tensor | None, scale: Tensor | None, rng: Tensor | None
+) -> Tensor:
+    """dx [N,C,H,W] = scale * act' * dropout'(dgrad(dy, w)), where only x wants a gradient and BatchNorm is in eval."""
+    shape = problem.N, problem.C, problem.H, problem.W
+    dx = _da(problem, dy, dy.new_empty(shape, dtype=problem.compute_dtype), w, rng)
+    if mask is not None:
+        # A selection, not a product: an infinite gradient behind a closed relu is 0.
+        closed = torch.zeros_like(dx) if problem.act == "relu" else dx * problem.slope
+        dx = torch.where(masks.unpack(mask, problem.C), dx, closed)
+    return _nhwc(dx if scale is None else dx * channel(scale), problem.dtype)
 
 
 def bn_bwd_apply(

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wrn_fast import packing
+from wrn_fast import masks, packing
 from wrn_fast._build import missing_extension_reason
 from wrn_fast.precision import current, pinned
 from wrn_fast.problem import ConvProblem
@@ -332,6 +332,30 @@ def wgrad(
         _conv_threads(problem), _ptr(dy), _ptr(x), _ptr(stats), _ptr(gamma), _ptr(beta), _ptr(rng), _ptr(dw),
     )  # fmt: skip
     return _nhwc(dw, problem.w_dtype)
+
+
+def act_mask(
+    problem: ConvProblem, x: Tensor, stats: Tensor | None, gamma: Tensor | None, beta: Tensor | None
+) -> Tensor:
+    """uint8 [N,H,W,ceil(C/8)]: one bit an element, set where act'(bn(x)) is 1."""
+    stats, gamma, beta = _vector(stats), _vector(gamma), _vector(beta)
+    mask = torch.empty(masks.shape(x.shape), dtype=torch.uint8)
+    _plan(problem).act_mask(threads(x.numel()), _ptr(x), _ptr(stats), _ptr(gamma), _ptr(beta), _ptr(mask))
+    return mask
+
+
+def input_grad(
+    problem: ConvProblem, dy: Tensor, w: Tensor, mask: Tensor | None, scale: Tensor | None, rng: Tensor | None
+) -> Tensor:
+    """dx [N,C,H,W] = scale * act' * dropout'(dgrad(dy, w)), where only x wants a gradient and BatchNorm is in eval."""
+    plan = _plan(problem)
+    scale = _vector(scale)
+    dx = _new(problem, problem.N, problem.C, problem.H, problem.W)
+    packed = _packed(plan, w, True)
+    plan.input_grad(
+        _conv_threads(problem), _ptr(dy), _ptr(w), _code(w), _ptr(packed), _ptr(mask), _ptr(scale), _ptr(rng), _ptr(dx),
+    )  # fmt: skip
+    return dx
 
 
 def bn_bwd_apply(

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wrn_fast import tuned
+from wrn_fast import masks, tuned
 from wrn_fast.kernels import configs
 from wrn_fast.precision import current
 from wrn_fast.problem import ConvProblem
@@ -28,7 +28,9 @@ NAME = "triton"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _AMD = ("gfx942",)
 _PIXELS = 2**31 - 2**20  # pixel numbers of the last tile, too, are 32-bit
-_WITHOUT_TILE = ("bn_bwd_apply", "channel_stats", "dropout")
+_WITHOUT_TILE = ("act_mask", "bn_bwd_apply", "channel_stats", "dropout")
+# What a tile is chosen and proved for, where an operator runs another one's kernel.
+_KERNEL_OF = {"input_grad": "dgrad"}
 
 
 def interpreting() -> bool:
@@ -115,6 +117,7 @@ def _failed_proof(op: str, problem: ConvProblem) -> str | None:
     if op in _WITHOUT_TILE or torch.cuda.is_current_stream_capturing():
         return None
     index = torch.cuda.current_device()
+    op = _KERNEL_OF.get(op, op)
     return refused_tile(op, problem, config(op, problem, index), torch.device("cuda", index))
 
 
@@ -226,6 +229,30 @@ def wgrad(
 ) -> Tensor:
     """dw [K,C,R,S]: the activation is made again from x."""
     return launch("wgrad", problem, None, dy, x, stats, gamma, beta, rng)
+
+
+def act_mask(
+    problem: ConvProblem, x: Tensor, stats: Tensor | None, gamma: Tensor | None, beta: Tensor | None
+) -> Tensor:
+    """uint8 [N,H,W,ceil(C/8)]: one bit an element, set where act'(bn(x)) is 1."""
+    v = x.to(problem.stats_dtype)
+    if stats is not None:
+        gamma, beta = (None if t is None else t.to(v.dtype) for t in (gamma, beta))
+        v = torch.batch_norm(v, gamma, beta, stats[0], stats[1], False, 0.0, problem.eps, False)
+    return masks.pack(~(v <= 0) if problem.act == "relu" else v > 0)
+
+
+def input_grad(
+    problem: ConvProblem, dy: Tensor, w: Tensor, mask: Tensor | None, scale: Tensor | None, rng: Tensor | None
+) -> Tensor:
+    """dx [N,C,H,W] = scale * act' * dropout'(dgrad(dy, w)), where only x wants a gradient and BatchNorm is in eval."""
+    shape = problem.N, problem.C, problem.H, problem.W
+    if mask is None:
+        x = torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
+    else:
+        x = masks.signs(mask, problem.C, dy).contiguous(memory_format=torch.channels_last)
+    g, _ = dgrad(problem._replace(prologue=False), dy, x, w, None, None, None, rng)
+    return g if scale is None else (g * scale[:, None, None]).to(dy.dtype)
 
 
 def bn_bwd_apply(

@@ -28,7 +28,9 @@ from wrn_fast.verify import COLUMNS, DTYPES, Report, markdown, misfit, verify
 NAME = "verify"
 HELP = "parity of the drop-in, or of a model of yours, against plain PyTorch in float64"
 _NAMES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
-BUILT_IN: dict[str, Any] = {"depth": 16, "width": 2, "classes": 10, "head": "cosine", "act": "relu", "dropout": 0.0}
+BUILT_IN: dict[str, Any] = {
+    "depth": 16, "width": 2, "classes": 10, "head": "cosine", "act": "relu", "dropout": 0.0, "block": "B(3,3)",
+}  # fmt: skip
 # What docs/parity.md shows: what differs from BUILT_IN, batch, steps, dtypes.
 PAGE: tuple[tuple[dict[str, Any], int, int, Sequence[torch.dtype]], ...] = (
     ({"width": 4}, 4, 3, DTYPES),
@@ -46,6 +48,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--head", choices=reference.HEADS, help=f"default {BUILT_IN['head']}")
     model.add_argument("--act", choices=tuple(reference.ACTS), help="default relu; silu makes gradients comparable")
     model.add_argument("--dropout", type=float, help="default 0; both drop by the same masks")
+    model.add_argument("--block", choices=reference.BLOCKS, help="kernel sizes of a block, default B(3,3)")
     own = parser.add_argument_group("weights or a model of yours")
     own.add_argument("--checkpoint", metavar="FILE", help="alone: the network is what its tensors say")
     own.add_argument("--model", metavar="PACKAGE.MODULE:FACTORY", help="called without arguments, then accelerated")
@@ -124,9 +127,8 @@ def _built_in(arguments: argparse.Namespace) -> nn.Module:
     return model
 
 
-def _drop_in(*, depth: int, width: int, classes: int, head: str, act: str, dropout: float, pool: str) -> WideResNet:
-    in_eval = head == "cosine"
-    return WideResNet(depth, classes, width, dropout, head=head, dropout_in_eval=in_eval, pool=pool, act=act)
+def _drop_in(*, depth: int, width: int, classes: int, dropout: float, head: str, **options: str) -> WideResNet:
+    return WideResNet(depth, classes, width, dropout, head=head, dropout_in_eval=head == "cosine", **options)
 
 
 def _made(option: str, path: str) -> nn.Module:

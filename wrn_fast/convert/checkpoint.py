@@ -18,6 +18,7 @@ from wrn_fast.convert.network import ACTS, FamilyNet, Plan
 from wrn_fast.convert.report import Report
 from wrn_fast.errors import WrnFastError
 from wrn_fast.model import WideResNet
+from wrn_fast.reference import BLOCKS
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "x": {},
@@ -141,10 +142,14 @@ def infer(names: Names, weights: dict[str, Tensor], options: dict[str, Any], not
     if "dropRate" not in options and not known.get("dropRate"):
         notes.append("the dropout rate cannot be read from tensors: 0 assumed, or arch={'dropRate': ...}")
     first = next((f"{g + 1}.{i}" for g, i in sorted(shortcuts)), "")
+    sizes = [weights[name].shape[2:] for i in range(1, 5) if (name := f"1.0.conv{i}.weight") in weights]
+    block = f"B({','.join('x'.join(map(str, set(size))) for size in sizes)})"
+    if block not in BLOCKS:
+        raise WrnFastError(f"`src`: expected a block type out of {', '.join(BLOCKS)}, got {block}")
     return Plan(
         counts, tuple(widths), fc.shape[0], family, head_bias=head_bias, stem_bias="conv1.bias" in weights,
         conv_bias="1.0.conv1.bias" in weights, short_bias=f"{first}.convShortcut.bias" in weights,
-        shortcuts=shortcuts, normalised=names.mean is not None and names.std is not None,
+        shortcuts=shortcuts, normalised=names.mean is not None and names.std is not None, block=block,
     )._replace(**known | {k: v for k, v in options.items() if k != "family"})  # fmt: skip
 
 
@@ -174,15 +179,17 @@ def build(plan: Plan) -> nn.Module:
     """`wrn_fast.WideResNet` where it computes the plan, else the family's network. Its weights are not drawn."""
     own = {(0, 0)} if plan.widths[0] != plan.widths[1] else set()
     same = plan._replace(family="x", act="relu", num_classes=10, widths=(), counts=(), dropRate=0.0, head="classic",
-                         head_bias=True, shortcuts=frozenset(), dropout_in_eval=False)  # fmt: skip
+                         head_bias=True, shortcuts=frozenset(), dropout_in_eval=False, block=BLOCKS[0])  # fmt: skip
     usual = same == Plan((), (), 10, "x") and plan.shortcuts == own | {(1, 0), (2, 0)}
     head = plan.head_bias == (plan.head == "classic")
     with torch.device("meta"):
         if usual and head and plan.depth is not None and plan.widen_factor is not None:
             model: nn.Module = WideResNet(
                 plan.depth, plan.num_classes, plan.widen_factor, plan.dropRate, head=plan.head, act=plan.act,
-                dropout_in_eval=plan.dropout_in_eval,
+                dropout_in_eval=plan.dropout_in_eval, block=plan.block,
             )  # fmt: skip
+        elif plan.block != BLOCKS[0]:
+            raise WrnFastError(f"`src`: expected the plain network round blocks other than {BLOCKS[0]}, got {plan}")
         else:
             model = FamilyNet(plan)
     return model

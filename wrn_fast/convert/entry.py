@@ -8,13 +8,24 @@ from torch import Tensor, nn
 
 from wrn_fast.block import FastBlock
 from wrn_fast.convert.proof import prove
-from wrn_fast.convert.recognise import Recipe, candidates, listener
+from wrn_fast.convert.recipe import Recipe
+from wrn_fast.convert.recognise import candidates, listener
 from wrn_fast.convert.report import Report
-from wrn_fast.convert.swap import FastUserBlock, FastUserChain, Swapped, fast_class, recipe_of, unswappable
+from wrn_fast.convert.swap import (
+    FastBottleneck,
+    FastUserBlock,
+    FastUserChain,
+    Swapped,
+    fast_class,
+    recipe_of,
+    unswappable,
+)
+from wrn_fast.convert.templates import Template
 from wrn_fast.errors import WrnFastError
 
 Model = TypeVar("Model", bound=nn.Module)
-_CHAIN = "a Sequential that hands statistics from block to block"
+_BLOCKS = (FastUserBlock, FastBottleneck)
+_CHAIN = "a Sequential whose blocks hand on layout and statistics"
 
 
 def accelerate(model: Model, *, check: Tensor | None = None, require: bool = False) -> Model:
@@ -46,13 +57,14 @@ def accelerate(model: Model, *, check: Tensor | None = None, require: bool = Fal
     if not isinstance(model, nn.Module):
         raise WrnFastError(f"`model`: expected a torch.nn.Module, got {type(model).__name__}")
     blocks = {name: module for name, (module, recipe) in _survey(model).items() if recipe.template is not None}
-    if require and not blocks and not any(isinstance(m, FastBlock) for m in model.modules()):
+    if require and not blocks and not any(isinstance(m, (FastBlock, FastBottleneck)) for m in model.modules()):
         raise WrnFastError(f"`model`: expected at least one residual block that is recognised\n{report(model)}")
     fresh: list[nn.Module] = []
     try:
         for module in blocks.values():
-            _swap(module, FastUserBlock, fresh)
-            module.__dict__["_fast_recipe"] = recipe_of(module)
+            recipe = recipe_of(module)
+            _swap(module, FastUserBlock if isinstance(recipe.template, Template) else FastBottleneck, fresh)
+            module.__dict__["_fast_recipe"] = recipe
         for module in _chains(model):
             _swap(module, FastUserChain, fresh)
         if check is not None:
@@ -91,7 +103,7 @@ def report(model: nn.Module) -> Report:
     why: dict[str, str] = {}
     accelerated, left = [], []
     for name, module in model.named_modules():
-        if isinstance(module, FastUserBlock) and "_fast_off" not in module.__dict__:
+        if isinstance(module, _BLOCKS) and "_fast_off" not in module.__dict__:
             heard = listener(module)  # type: ignore[arg-type]
             accelerated.append(name)
             why[name] = f"{module.__dict__['_fast_recipe']}{'; ' + heard if heard else ''}"
@@ -119,8 +131,7 @@ def _survey(model: nn.Module) -> dict[str, tuple[nn.Module, Recipe]]:
             continue
         if any(id(m) in done for m in module.modules()):
             continue
-        reason = "" if isinstance(module, Swapped) else unswappable(module)
-        recipe = Recipe((), (), None, reason) if reason else recipe_of(module)
+        recipe = _recipe(module)
         if recipe.template is not None:
             done |= {id(m) for m in module.modules()}
             # What was tried inside it was a part of it.
@@ -134,6 +145,15 @@ def _survey(model: nn.Module) -> dict[str, tuple[nn.Module, Recipe]]:
     return found
 
 
+def _recipe(module: nn.Module) -> Recipe:
+    if isinstance(module, Swapped):
+        # what fully_shard put its class in front of cannot be copied, so it cannot be recorded again
+        kept = None if "_fast_plain" in type(module).__dict__ else module.__dict__.get("_fast_recipe")  # type: ignore[attr-defined]
+        return recipe_of(module) if kept is None else kept  # type: ignore[arg-type]
+    reason = unswappable(module)
+    return Recipe((), (), None, reason) if reason else recipe_of(module)
+
+
 def _chains(model: nn.Module) -> list[nn.Module]:
     """Sequentials that hold at least two fast blocks or one chain, innermost first."""
     found: list[nn.Module] = []
@@ -145,7 +165,7 @@ def _chains(model: nn.Module) -> list[nn.Module]:
         plain = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
         if not plain or isinstance(module, Swapped) or unswappable(module):
             return
-        kinds = [isinstance(c, FastUserBlock) for c in module._modules.values()]
+        kinds = [isinstance(c, _BLOCKS) for c in module._modules.values()]
         inner = sum(c in found for c in module._modules.values())
         if (sum(kinds) >= 2 or inner >= 2) and module not in found:
             found.append(module)

@@ -1,7 +1,7 @@
 """Names of weights in the known repositories, as patterns that lead to one naming.
 
 Canonical names: `conv1`, `{g}.{i}.{bn1,conv1,bn2,conv2,convShortcut}` with g from 1 and i from 0, `bn1`, `fc`, each
-followed by `.weight` and so on.
+followed by `.weight` and so on. Blocks of more convolutions go on with bn3 and conv3.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ SCHEMES = (
             (r"bn1\.(?P<p>\w+)", "bn1.{p}"),
             (rf"(?:{_HEADS})\.(?P<p>\w+)", "fc.{p}"),
         ),
-        {"bn1": "bn1", "conv1": "conv1", "bn2": "bn2", "conv2": "conv2", "convShortcut": "convShortcut",
-         "conv_shortcut": "convShortcut"},
+        {name: name for i in (1, 2, 3, 4) for name in (f"bn{i}", f"conv{i}")}
+        | {"convShortcut": "convShortcut", "conv_shortcut": "convShortcut"},
     ),
     Scheme(
         "DM", "dm", r"layer\.0\.block\.0\.conv_0\.weight",

@@ -37,11 +37,13 @@ class Plan(NamedTuple):
     eps: float = 1e-5
     momentum: float = 0.1
     normalised: bool = False
+    block: str = "B(3,3)"  # the paper's name: only `wrn_fast.WideResNet` has the others
 
     @property
     def depth(self) -> int | None:
-        """6n + 4, or None where the groups have different numbers of blocks."""
-        return 6 * self.counts[0] + 4 if len(set(self.counts)) == 1 and len(self.counts) == 3 else None
+        """3ln + 4 of blocks of l convolutions, or None where the groups have different numbers of blocks."""
+        convolutions = 3 * (self.block.count(",") + 1)
+        return convolutions * self.counts[0] + 4 if len(set(self.counts)) == 1 and len(self.counts) == 3 else None
 
     @property
     def widen_factor(self) -> int | None:
@@ -53,7 +55,8 @@ class Plan(NamedTuple):
         size = (
             f"{self.depth}-{self.widen_factor}" if self.depth and self.widen_factor else f"{self.counts}, {self.widths}"
         )
-        return f"WRN-{size}, family {self.family}, {self.num_classes} classes, {self.act}, {self.head} head"
+        block = f", {self.block}" if self.block != "B(3,3)" else ""
+        return f"WRN-{size}, family {self.family}, {self.num_classes} classes, {self.act}, {self.head} head{block}"
 
 
 ACTS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU, "leaky_relu": lambda: nn.LeakyReLU(0.1)}

@@ -9,17 +9,17 @@ attributes or submodules are not what they were is recognised again.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from wrn_fast.block import hooked, plain_conv
+from wrn_fast.convert.bottleneck import looks_like, recognise_bottleneck
+from wrn_fast.convert.recipe import INTERNAL, SIMPLE, Recipe, attributes, inner
 from wrn_fast.convert.recording import Book, Recording, custom_functions, record, set_flags, skeleton
 from wrn_fast.convert.templates import Drop, Roles, Template, acts, templates
 
-_INTERNAL = frozenset(nn.Module().__dict__) | {"_former_parameters", "_is_replica"}
-_SIMPLE = (bool, int, float, str, type(None))
 # (the block's training flag, that of everything inside), (images, height and width), with backward or in no_grad
 _SCENES = (
     ((True, True), (2, 8), True),
@@ -29,85 +29,15 @@ _SCENES = (
     ((True, True), (3, 32), False),
     ((False, False), (3, 32), False),
 )
-# What a Conv2d's forward depends on; a BatchNorm2d's attributes are read at each call.
-_CONV = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 # Operators of the known families, and bookkeeping beside them, by their names in a recording.
 _USUAL = {"convolution", "native_batch_norm", "add", "relu", "leaky_relu", "silu", "sigmoid", "mul"}
 _SILENT = {"input", "part", "foreign", "empty", "empty_like", "zeros_like", "bernoulli", "div", "constant_pad_nd"}
 
 
-class Recipe(NamedTuple):
-    """A recognised block, without references to its modules, so that copies and replicas share it.
-
-    Submodules are numbered in the order of `inner`. `template` is None for a block that was not recognised; `reason`
-    says why.
-    """
-
-    types: tuple[type, ...]
-    watched: tuple[tuple[int, str, Any], ...]  # (submodule or -1, attribute, value)
-    forward: Any
-    reason: str = ""
-    template: Template | None = None
-    roles: tuple[int, int, int, int, int | None] = (0, 0, 0, 0, None)
-
-    def __str__(self) -> str:
-        t = self.template
-        if t is None:
-            return self.reason
-        words = ["pre-activation", t.act1.name + (f" {t.act1.slope:g}" if t.act1.slope else "")]
-        if self.roles[4] is not None:
-            words.append(f"1x1 shortcut of {'raw x' if t.shortcut_reads_x else 'the activated tensor'}")
-        if t.conv1_reads_x:
-            words.append("conv1 reads raw x")
-        if any(t.extra1) or any(t.extra2):
-            words.append("padded by hand")
-        if t.drop is not None:
-            where = "after the second activation" if t.drop.at == "prologue" else "before the second BatchNorm"
-            words.append(f"dropout {t.drop.p:g} {where}" + (", in eval too" if t.drop.follows == "always" else ""))
-        return ", ".join(words)
-
-
-def inner(module: nn.Module) -> list[nn.Module | None]:
-    """Everything inside a module, depth first, empty places included."""
-    found: list[nn.Module | None] = []
-    for child in module._modules.values():
-        found.append(child)
-        if child is not None and child._modules:
-            found += inner(child)
-    return found
-
-
-def _same(a: Any, b: Any) -> bool:
-    return a is b or (isinstance(a, (*_SIMPLE, tuple)) and type(a) is type(b) and a == b)
-
-
-def _attributes(modules: list[nn.Module | None], everything: bool) -> tuple[tuple[int, str, Any], ...]:
-    """(index, name, value) of the attributes that a forward may depend on; tensors and training flags aside."""
-    return tuple(
-        (i, name, value)
-        for i, module in enumerate(modules, -1)
-        if module is not None and (everything or type(module) is not nn.BatchNorm2d)
-        for name, value in module.__dict__.items()
-        if name not in _INTERNAL and not name.startswith("_fast") and not isinstance(value, torch.Tensor)
-        if type(module) is not nn.Conv2d or name in _CONV
-    )
-
-
-def fits(recipe: Recipe, block: nn.Module, modules: list[nn.Module | None]) -> bool:
-    """Is the block what it was when the recipe was made?"""
-    if recipe.types != tuple(map(type, modules)):
-        return False
-    for i, name, value in recipe.watched:
-        now = (block if i < 0 else modules[i]).__dict__  # type: ignore[union-attr]
-        if name not in now or not _same(now[name], value):
-            return False
-    return True
-
-
 def _key(block: nn.Module, forward: Any, modules: list[nn.Module | None]) -> tuple | None:
     """Blocks of equal key are recorded once; None where something compares by identity only."""
-    everything = _attributes([block, *modules], True)
-    if not all(isinstance(v, (*_SIMPLE, tuple)) for _, _, v in everything):
+    everything = attributes([block, *modules], True)
+    if not all(isinstance(v, (*SIMPLE, tuple)) for _, _, v in everything):
         return None
     shapes = tuple((k, tuple(t.shape), t.dtype, t.requires_grad) for k, t in block.named_parameters())
     key = (forward, tuple(map(type, modules)), everything, shapes)
@@ -130,9 +60,12 @@ def recognise(block: nn.Module, forward: Any, known: dict[tuple, Recipe]) -> Rec
     key = _key(block, forward, modules)
     if key is not None and key in known:
         return known[key]
-    empty = Recipe(tuple(map(type, modules)), _attributes([block, *modules], False), forward)
+    empty = Recipe(tuple(map(type, modules)), attributes([block, *modules], False), forward)
     try:
-        recipe = _Recogniser(block, forward, modules).run(empty)
+        if looks_like(modules):
+            recipe = recognise_bottleneck(block, forward, modules, empty)
+        else:
+            recipe = _Recogniser(block, forward, modules).run(empty)
     except Exception as error:  # a user's forward may raise anything on tensors without data
         text = (str(error).strip().splitlines() or [""])[0][:120]
         recipe = empty._replace(reason=f"its forward cannot be recorded: {type(error).__name__}: {text}")
@@ -215,7 +148,7 @@ class _Recogniser:
             for i, module in enumerate([self.twin, *self.inner])
             if module is not None
             for name, value in module.__dict__.items()
-            if name not in _INTERNAL
+            if name not in INTERNAL
         }
 
     def shape(self, size: tuple[int, int]) -> tuple[int, ...]:

@@ -14,8 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from wrn_fast.block import BlockParts, FastBlock, hooked, padding, run_block, run_chain
-from wrn_fast.convert.recognise import Recipe, fits, inner, recognise
+from wrn_fast.block import BlockParts, FastBlock, Stage, hooked, padding, run_block, run_chain
+from wrn_fast.convert.bottleneck import Bottleneck, Pair, run_bottleneck
+from wrn_fast.convert.recipe import Recipe, fits, inner
+from wrn_fast.convert.recognise import recognise
+from wrn_fast.convert.templates import Template
 
 _fast_classes: dict[tuple[type, type], type] = {}
 _known: dict[tuple, Recipe] = {}
@@ -29,6 +32,18 @@ class Swapped:
     def _plain_class(self) -> Any:
         # parametrize and fully_shard put a class of their own in front
         return next(c for c in type(self).__mro__ if "_fast_plain" in c.__dict__)._fast_plain  # type: ignore[attr-defined]
+
+    def _recipe(self, modules: list[nn.Module | None]) -> Recipe | None:
+        """What the block is now; None where it is switched off or nothing that is known."""
+        recipe = self.__dict__.get("_fast_recipe")
+        if recipe is None or "_fast_off" in self.__dict__:
+            return None
+        plain = self._plain_class().forward
+        if recipe.forward is not plain or not fits(recipe, self, modules):  # type: ignore[arg-type]
+            if torch.compiler.is_compiling():
+                return None
+            recipe = self.__dict__["_fast_recipe"] = recognise(self, plain, _known)  # type: ignore[arg-type]
+        return None if recipe.template is None else recipe
 
     def _as_plain(self) -> Any:
         cls = self._plain_class()
@@ -59,7 +74,7 @@ class Swapped:
 
 def _suits(parts: BlockParts, x: Any) -> bool:
     """Is x what the block's weights expect? Else the plain forward raises its own error, or promotes as it does."""
-    weight = parts.conv1.weight
+    weight = parts.stages[0].conv.weight
     if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1] != weight.shape[1] or x.device != weight.device:
         return False
     if torch.is_autocast_enabled(x.device.type):
@@ -80,18 +95,11 @@ class FastUserBlock(Swapped, FastBlock):
 
     def parts(self) -> BlockParts | None:
         """The block as data; None where only the user's own forward is right."""
-        recipe = self.__dict__.get("_fast_recipe")
-        if recipe is None or "_fast_off" in self.__dict__:
-            return None
         modules = inner(self)  # type: ignore[arg-type]
         if any(m is not None and hooked(m) for m in modules):
             return None
-        plain = self._plain_class().forward  # type: ignore[attr-defined]
-        if recipe.forward is not plain or not fits(recipe, self, modules):  # type: ignore[arg-type]
-            if torch.compiler.is_compiling():
-                return None
-            recipe = self.__dict__["_fast_recipe"] = recognise(self, plain, _known)  # type: ignore[arg-type]
-        return None if recipe.template is None else blockparts(recipe, self, modules)  # type: ignore[arg-type]
+        recipe = self._recipe(modules)
+        return blockparts(recipe, self, modules) if recipe and isinstance(recipe.template, Template) else None  # type: ignore[arg-type]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The user's forward."""
@@ -99,6 +107,30 @@ class FastUserBlock(Swapped, FastBlock):
             parts = self.parts()
             if parts is not None and _suits(parts, args[0]):
                 return _as_given(run_block(parts, args[0], None)[0], args[0])
+        return self._plain_class().forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+
+class FastBottleneck(Swapped):
+    """A user's post-activation bottleneck: fused in inference, else its own forward."""
+
+    def fused(self, x: Any) -> Tensor | None:
+        """y [N, K, P, Q] channels_last; None where only the user's own forward is right or fast."""
+        if self.training:  # type: ignore[attr-defined]
+            return None
+        modules = inner(self)  # type: ignore[arg-type]
+        if any(m is not None and (m.training or hooked(m)) for m in modules):
+            return None
+        recipe = self._recipe(modules)
+        if recipe is None or not isinstance(recipe.template, Bottleneck):
+            return None
+        return run_bottleneck([Pair(modules[c], modules[b]) for c, b in recipe.template.pairs], x)  # type: ignore[arg-type]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The user's forward."""
+        if len(args) == 1 and not kwargs and not _has_any_global_hook():
+            y = self.fused(args[0])
+            if y is not None:
+                return _as_given(y, args[0])
         return self._plain_class().forward(self, *args, **kwargs)  # type: ignore[attr-defined]
 
 
@@ -113,11 +145,14 @@ def blockparts(recipe: Recipe, block: nn.Module, modules: list[nn.Module | None]
         at = drop.at
         owner = block if drop.follows == "block" else None if drop.follows == "always" else modules[drop.follows]  # type: ignore[index]
         p = drop.p if owner is None or owner.training else 0.0
+    act1, act2 = (template.act1.name, template.act1.slope), (template.act2.name, template.act2.slope)
     return BlockParts(
-        bn1, conv1, bn2, conv2, None if short is None else modules[short],  # type: ignore[arg-type]
-        (template.act1.name, template.act1.slope), (template.act2.name, template.act2.slope), p, at,
-        template.conv1_reads_x, template.shortcut_reads_x,
-        _sum(padding(conv1), template.extra1), _sum(padding(conv2), template.extra2),  # type: ignore[arg-type]
+        (
+            Stage(bn1, conv1, act1, _sum(padding(conv1), template.extra1)),  # type: ignore[arg-type]
+            Stage(bn2, conv2, act2, _sum(padding(conv2), template.extra2)),  # type: ignore[arg-type]
+        ),
+        None if short is None else modules[short],  # type: ignore[arg-type]
+        p, at, template.conv1_reads_x, template.shortcut_reads_x,
     )  # fmt: skip
 
 
@@ -141,6 +176,8 @@ class FastUserChain(Swapped):
             return self._plain_class().forward(self, *args, **kwargs)  # type: ignore[attr-defined]
         x = args[0]
         units = self.units()
+        if any(isinstance(unit, FastBottleneck) for unit in units):
+            return _in_a_row(units, x)
         first = 0
         for unit in units:
             # What comes before the first block, or before the first that x suits, runs as it is.
@@ -150,6 +187,18 @@ class FastUserChain(Swapped):
             x = unit(x)
             first += 1
         return x
+
+
+def _in_a_row(units: list[nn.Module], x: Any) -> Any:
+    """Bottlenecks hand on channels_last; who else reads a tensor between them gets it in the layout of the first."""
+    given, ours = x, False
+    for unit in units:
+        y = unit.fused(x) if isinstance(unit, FastBottleneck) and not hooked(unit) else None  # type: ignore[arg-type]
+        if y is not None:
+            x, ours = y, True
+        else:
+            x, ours = unit(_as_given(x, given) if ours else x), False
+    return _as_given(x, given) if ours else x
 
 
 def fast_class(mixin: type, cls: type) -> type:
@@ -172,8 +221,10 @@ def unswappable(module: nn.Module) -> str:
     for name in ("__call__", "__reduce__", "__reduce_ex__", "__deepcopy__", "__copy__", "__getstate__"):
         if getattr(cls, name, None) is not getattr(nn.Module, name, None):
             return f"its class defines {name}"
-    front = next((c for c in cls.__mro__ if c.__name__ in ("FSDPModule",)), None)
-    return f"it is sharded ({cls.__name__}): accelerate before fully_shard" if front else ""
+    # what is sharded cannot be copied, so nothing round it can be recorded either
+    kinds = (type(m) for m in module.modules())
+    sharded = next((kind for kind in kinds if any(c.__name__ == "FSDPModule" for c in kind.__mro__)), None)
+    return f"it is sharded ({sharded.__name__}): accelerate before fully_shard" if sharded else ""
 
 
 def recipe_of(module: nn.Module) -> Recipe:

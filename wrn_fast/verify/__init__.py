@@ -171,8 +171,8 @@ def reference_of(model: nn.Module) -> nn.Module:
         return plain
     block: Any = model.block1.layer[0]
     built = reference.WideResNet(
-        6 * len(model.block1.layer) + 4, model.fc.out_features, model.nChannels // 64, block.droprate, head=model.head,
-        dropout_in_eval=block.dropout_in_eval, pool=model.pool, act=_ACTS[type(block.relu1)],
+        _depth(model), model.fc.out_features, model.nChannels // 64, block.droprate, head=model.head,
+        dropout_in_eval=block.dropout_in_eval, pool=model.pool, act=_ACTS[type(block.relu1)], block=model.block,
     )  # fmt: skip
     built.load_state_dict(model.state_dict(), strict=True)
     for name, parameter in built.named_parameters():
@@ -180,13 +180,18 @@ def reference_of(model: nn.Module) -> nn.Module:
     return built.train(model.training)
 
 
+def _depth(model: reference.WideResNet) -> int:
+    return 3 * len(reference.kernel_sizes(model.block)) * len(model.block1.layer) + 4
+
+
 def _title(model: nn.Module) -> str:
     text = f"{type(model).__module__}.{type(model).__qualname__}"
     if isinstance(model, reference.WideResNet):
         block: Any = model.block1.layer[0]
         text = "wrn_fast.WideResNet" if isinstance(model, WideResNet) else "the reference"
-        shape = 6 * len(model.block1.layer) + 4, model.fc.out_features, model.nChannels // 64, block.droprate
-        text += f"({', '.join(map(str, shape))}, head={model.head!r}, act={_ACTS[type(block.relu1)]!r})"
+        shape = _depth(model), model.fc.out_features, model.nChannels // 64, block.droprate
+        kind = f", block={model.block!r}" if model.block != reference.BLOCKS[0] else ""
+        text += f"({', '.join(map(str, shape))}, head={model.head!r}, act={_ACTS[type(block.relu1)]!r}{kind})"
     if isinstance(model, WideResNet) or not any(isinstance(m, FastBlock) for m in model.modules()):
         return text
     return f"accelerate({text})"
@@ -220,7 +225,7 @@ def _no_dropout(model: nn.Module) -> None:
 
 
 def _masked(model: nn.Module) -> nn.Module:
-    """The reference with its dropout drawn as the drop-in draws it: after relu2, one (seed, offset) a block."""
+    """The reference with its dropout drawn as the drop-in draws it: before the last convolution of each block."""
     for block in model.modules():
         if type(block) is reference.BasicBlock and block.droprate > 0:
             _mask_block(block)
@@ -230,12 +235,12 @@ def _masked(model: nn.Module) -> nn.Module:
 def _mask_block(block: reference.BasicBlock) -> None:
     p, block.droprate = block.droprate, 0.0
 
-    def drop(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    def drop(module: nn.Module, args: tuple[Tensor]) -> Tensor | None:
         if not (module.training or block.dropout_in_eval):
             return None
-        return random.dropout(output, random.draw(output.device), p)
+        return random.dropout(args[0], random.draw(args[0].device), p)
 
-    block.relu2.register_forward_hook(drop)
+    block.get_submodule(f"conv{block.deepening}").register_forward_pre_hook(drop)
 
 
 @torch.no_grad()
