@@ -73,6 +73,13 @@ int64_t act_backward_workspace(const Rows& shape);
 void act_backward(const Rows& shape, const void* da, const void* x, const Norm& norm, Act act, double slope,
                   const Mask& mask, void* g, void* sums, void* workspace, Stream stream);
 
+// bits [rows, ceil(C / 8)]: bit c % 8 of byte c / 8 is act'(bn(x)) == 1, of relu or leaky_relu.
+void act_mask(const Rows& shape, const void* x, const Norm& norm, Act act, void* bits, Stream stream);
+
+// g = da * mask / (1 - p) * (bit ? 1 : slope) * scale[c]; null bits: all set, null scale [C]: 1. g may be da.
+void mask_backward(const Rows& shape, const void* da, const void* bits, const void* scale, double slope,
+                   const Mask& mask, void* g, Stream stream);
+
 // table [4, C]: scale, shift, mean, rstd, so that bn(x) = x * scale + shift.
 void affine_table(DType wide, int C, const Norm& norm, void* table, Stream stream);
 

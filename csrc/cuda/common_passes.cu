@@ -8,8 +8,6 @@ namespace {
 constexpr int kInFlight = 4;       // vectors that a thread loads before it uses the first
 constexpr int64_t kBlocks = 2048;  // beyond these a block takes more rows, and makes its channels' vectors once for all
 
-struct NoShared {};
-
 // Walks the rows of a block kRows at a time: load(u, row) of all, then use(u, row) of all.
 template <int kRows, class Load, class Use>
 WRN_DEVICE void each_row(const Walk& walk, const Place& place, int64_t begin, int64_t end, Load load, Use use) {

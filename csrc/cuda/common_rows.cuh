@@ -78,6 +78,8 @@ struct Place {
         active(lane < walk.lanes && vector < walk.vectors) {}
 };
 
+struct NoShared {};
+
 constexpr int kChunk = 8;
 constexpr int64_t kMostTiles = 64 * 64;
 

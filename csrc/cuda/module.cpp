@@ -65,6 +65,22 @@ void bind_act_backward(int dtype, int64_t rows, int C, Pointer da, Pointer x, Po
                mask(rng, p), at(g), at(sums), at(workspace), at(stream));
 }
 
+void bind_act_mask(int dtype, int64_t rows, int C, Pointer x, Pointer stats, Pointer gamma, Pointer beta, double eps,
+                   int act, Pointer bits, Pointer stream) {
+  present(x, "x");
+  present(bits, "bits");
+  const Act kind = checked_act(act);
+  require(kind == Act::relu || kind == Act::leaky_relu, "act", "relu or leaky_relu", act);
+  act_mask(checked_rows(dtype, rows, C), at(x), norm(stats, gamma, beta, eps), kind, at(bits), at(stream));
+}
+
+void bind_mask_backward(int dtype, int64_t rows, int C, Pointer da, Pointer bits, Pointer scale, double slope,
+                        Pointer rng, double p, Pointer g, Pointer stream) {
+  present(da, "da");
+  present(g, "g");
+  mask_backward(checked_rows(dtype, rows, C), at(da), at(bits), at(scale), slope, mask(rng, p), at(g), at(stream));
+}
+
 void bind_affine_table(int wide, int C, Pointer stats, Pointer gamma, Pointer beta, double eps, Pointer table,
                        Pointer stream) {
   positive(C, "C");
@@ -117,6 +133,12 @@ PYBIND11_MODULE(_cuda, m) {
         py::arg("da"), py::arg("x"), py::arg("stats"), py::arg("gamma"), py::arg("beta"), py::arg("eps"),
         py::arg("act"), py::arg("slope"), py::arg("rng"), py::arg("p"), py::arg("g"), py::arg("sums"),
         py::arg("workspace"), py::arg("stream"));
+  m.def("act_mask", &bind_act_mask, release(), py::kw_only(), py::arg("dtype"), py::arg("rows"), py::arg("C"),
+        py::arg("x"), py::arg("stats"), py::arg("gamma"), py::arg("beta"), py::arg("eps"), py::arg("act"),
+        py::arg("bits"), py::arg("stream"));
+  m.def("mask_backward", &bind_mask_backward, release(), py::kw_only(), py::arg("dtype"), py::arg("rows"), py::arg("C"),
+        py::arg("da"), py::arg("bits"), py::arg("scale"), py::arg("slope"), py::arg("rng"), py::arg("p"), py::arg("g"),
+        py::arg("stream"));
   m.def("affine_table", &bind_affine_table, release(), py::kw_only(), py::arg("wide"), py::arg("C"), py::arg("stats"),
         py::arg("gamma"), py::arg("beta"), py::arg("eps"), py::arg("table"), py::arg("stream"));
   m.def("merge_moments", &bind_merge_moments, release(), py::kw_only(), py::arg("wide"), py::arg("C"),

@@ -10,7 +10,7 @@ from wrn_fast import dispatch
 from wrn_fast.backends import BACKENDS, cuda
 
 # On the CPU the convolutions of `cuda` are plain loops: `make test` draws some of its cells, `make test-all` runs all.
-CELLS = [pytest.param(name, marks=pytest.mark.rotate(40) if name == "cuda" else ()) for name in BACKENDS]
+CELLS = [pytest.param(name, marks=pytest.mark.rotate(20) if name == "cuda" else ()) for name in BACKENDS]
 
 
 @pytest.fixture(params=CELLS)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from backends import cuda_on_cpu
 from backends.cuda_on_cpu import ACTS, CODES
 
-from wrn_fast import parity
+from wrn_fast import masks, parity
 from wrn_fast.backends import aten
 from wrn_fast.random import keep_mask
 
@@ -325,6 +325,35 @@ def test_act_backward_may_write_over_its_input(cuda, guarded):
     want, _ = act_backward(cuda, guarded, da, x, norm, "relu", None, 0.0)
     got, _ = act_backward(cuda, guarded, da, x, norm, "relu", None, 0.0, g=da, want_sums=False)
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("act", ["relu", "leaky_relu"])
+@pytest.mark.parametrize("bn", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_masks_of_the_derivative_and_back(cuda, guarded, dtype, bn, act):
+    for count, C, offset in SHAPES:
+        x = rows_of(guarded, count, C, dtype, offset, integers(-3, 3, count, C))
+        x[0, 0] = torch.nan
+        norm = exact_vectors(C, dtype) if bn else (None, None, None)
+        stats, gamma, beta = norm
+        bits = torch.full((count, (C + 7) // 8), 0xAA, dtype=torch.uint8)
+        cuda.act_mask(
+            **shape_args(x), x=ptr(x), stats=ptr(stats), gamma=ptr(gamma), beta=ptr(beta), eps=0.0, act=ACTS[act],
+            bits=ptr(bits), stream=0,
+        )  # fmt: skip
+        v = normal(x, norm)
+        passes = ~(v <= 0) if act == "relu" else v > 0
+        assert torch.equal(bits, masks.pack(image(passes))[0, 0])
+        da = rows_of(guarded, count, C, dtype, offset, integers(1, 4, count, C))
+        scale = (integers(0, 1, C) * 2 - 1).to(wide(dtype))
+        slope, rng = (0.5 if act == "leaky_relu" else 0.0), torch.randint(2**62, (2,))
+        g = guarded.empty(count, C, dtype=dtype)
+        cuda.mask_backward(
+            **shape_args(x), da=ptr(da), bits=ptr(bits), scale=ptr(scale), slope=slope, rng=ptr(rng), p=0.5, g=ptr(g),
+            stream=0,
+        )  # fmt: skip
+        kept = rows(keep_mask((1, C, 1, count), rng, 0.5)) * 2
+        assert torch.equal(g.double(), da.double() * kept * torch.where(passes, 1.0, slope).double() * scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -28,6 +28,7 @@ from wrn_fast.problem import ConvProblem
 NAME = "cuda"
 
 _TENSORS = {"fprop": 15, "dgrad": 7, "wgrad": 6}  # arguments of the convolutions
+_KERNEL_OF = {"input_grad": "dgrad"}
 _HALVES = (torch.bfloat16, torch.float16)
 _HOPPER, _OLDEST = (9, 0), (7, 5)
 _ROWS = {128: 0, 256: 1}  # pixels of a tile, by which tuned rows name its kind
@@ -84,6 +85,7 @@ def unsupported(op: str, problem: ConvProblem) -> str | None:
         return reason
     if problem.device != found.DEVICE:
         return f"needs a {found.DEVICE} tensor, got one on {problem.device}"
+    op = _KERNEL_OF.get(op, op)
     convolution = op in _TENSORS
     refused = _refused_gpu(convolution) if problem.device == "cuda" else None
     if refused:
@@ -161,6 +163,7 @@ def _row(op: str, problem: ConvProblem, index: int) -> dict[str, Any] | None:
 
 def faster(op: str, problem: ConvProblem) -> bool:
     """Did `wrn-fast tune` find these kernels faster than every other's on this GPU? Only then is a row written."""
+    op = _KERNEL_OF.get(op, op)
     if problem.device != "cuda" or op not in _TENSORS or _load()[0] is None:
         return False
     return _row(op, problem, torch.cuda.current_device()) is not None
@@ -180,9 +183,8 @@ def launch(op: str, problem: ConvProblem, tile: Tile | None, *tensors: Any) -> A
     if op == "wgrad":
         return cuda_launch.wgrad(extension(), problem, *tensors)
     device = tensors[0].device
-    tile = tile or config(op, problem, device.index if device.type == "cuda" else None)
-    function = cuda_launch.fprop if op == "fprop" else cuda_launch.dgrad
-    return function(extension(), problem, tile, *tensors)
+    tile = tile or config(_KERNEL_OF.get(op, op), problem, device.index if device.type == "cuda" else None)
+    return getattr(cuda_launch, op)(extension(), problem, tile, *tensors)
 
 
 def fprop(
@@ -235,6 +237,20 @@ def wgrad(
 ) -> Tensor:
     """dw [K,C,R,S]: the activation is made again from x."""
     return launch("wgrad", problem, None, dy, x, stats, gamma, beta, rng)
+
+
+def act_mask(
+    problem: ConvProblem, x: Tensor, stats: Tensor | None, gamma: Tensor | None, beta: Tensor | None
+) -> Tensor:
+    """uint8 [N,H,W,ceil(C/8)]: one bit an element, set where act'(bn(x)) is 1."""
+    return cuda_launch.act_mask(extension(), problem, x, stats, gamma, beta)
+
+
+def input_grad(
+    problem: ConvProblem, dy: Tensor, w: Tensor, mask: Tensor | None, scale: Tensor | None, rng: Tensor | None
+) -> Tensor:
+    """dx [N,C,H,W] = scale * act' * dropout'(dgrad(dy, w)), where only x wants a gradient and BatchNorm is in eval."""
+    return launch("input_grad", problem, None, dy, w, mask, scale, rng)
 
 
 def bn_bwd_apply(

@@ -39,7 +39,8 @@ def reason(op: str, problem: ConvProblem, tile: tuple, library: str, device: tor
     """
     source = problem.prologue or problem.act != "identity"
     dtype = str(problem.dtype).removeprefix("torch.")
-    name = f"{op} {dtype} {problem.R}x{problem.S}/{problem.stride} {'act' if source else 'plain'} {problem.K} {tile}"
+    filters = f"{problem.C}-{problem.K} {problem.R}x{problem.S}/{problem.stride}"
+    name = f"{op} {dtype} {filters} {'act' if source else 'plain'} {tile}"
     key = f"{device} {name}"
     if key not in _seen:
         known = _remembered(library, device)
@@ -51,8 +52,10 @@ def reason(op: str, problem: ConvProblem, tile: tuple, library: str, device: tor
 
 def check(op: str, problem: ConvProblem, device: torch.device, run: Run) -> str | None:
     """Run `op` on integers. A sentence that says what was wrong, or None."""
-    # Two chunks of the reduction of fprop; K keeps the columns of the kernel that would serve.
-    small, tensors = selfcheck.integers(op, problem, TileConfig(problem.K, 64, (problem.K, 0), 8, 1))
+    # The columns of the kernel that would serve, two chunks of the reduction of fprop.
+    channels = -(-problem.C // 16) * 16
+    columns = channels if op == "dgrad" else problem.K
+    small, tensors = selfcheck.integers(op, problem, TileConfig(channels, 64, (columns, 0), 8, 1))
     want = selfcheck.exact(op, small, tensors)
     names = {"fprop": ("x", "w"), "dgrad": ("dy", "x", "w"), "wgrad": ("dy", "x")}[op]
     given = [tensors[name] for name in (*names, "stats", "gamma", "beta")]

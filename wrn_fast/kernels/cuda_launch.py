@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from wrn_fast import packing
+from wrn_fast import masks, packing
 from wrn_fast.problem import ACTS, ConvProblem
 
 # DType of csrc/problem.h
@@ -318,6 +318,40 @@ def wgrad(
 @functools.cache
 def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def act_mask(
+    e: Any, problem: ConvProblem, x: Tensor, stats: Tensor | None, gamma: Tensor | None, beta: Tensor | None
+) -> Tensor:
+    """uint8 [N,H,W,ceil(C/8)]."""
+    with _queue("act_mask", problem, x) as stream:
+        vectors = [_vector(v, problem.stats_dtype) for v in (stats, gamma, beta)]
+        bits = torch.empty(masks.shape(x.shape), dtype=torch.uint8, device=x.device)
+        e.act_mask(
+            **_rows(x), x=_ptr(x), stats=_ptr(vectors[0]), gamma=_ptr(vectors[1]), beta=_ptr(vectors[2]),
+            eps=problem.eps, act=ACTS.index(problem.act), bits=_ptr(bits), stream=stream,
+        )  # fmt: skip
+        return bits
+
+
+def input_grad(
+    e: Any, problem: ConvProblem, tile: Tile, dy: Tensor, w: Tensor, mask: Tensor | None, scale: Tensor | None,
+    rng: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """dx [N,C,H,W]: dgrad without an epilogue, then one pass in place."""
+    bare = problem._replace(act="identity", prologue=False, affine=False, p=0.0, drop_at="none", want_stats=False)
+    g, _ = dgrad(e, bare, tile, dy, dy, w, None, None, None, None)
+    p = problem.p if problem.drop_at == "prologue" else 0.0
+    if mask is None and scale is None and p == 0:
+        return g
+    with _queue("input_grad", problem, dy) as stream:
+        scale, mask = _vector(scale, problem.stats_dtype), None if mask is None else mask.contiguous()
+        e.mask_backward(
+            **_rows(g), da=_ptr(g), bits=_ptr(mask), scale=_ptr(scale),
+            slope=problem.slope if problem.act == "leaky_relu" else 0.0, rng=_ptr(rng) if p > 0 else 0, p=p, g=_ptr(g),
+            stream=stream,
+        )  # fmt: skip
+    return g
 
 
 def bn_bwd_apply(
