@@ -42,8 +42,8 @@ Sm90Tile checked_tile(int code) {
   return static_cast<Sm90Tile>(code);
 }
 
-void aligned16(Pointer p, const char* name) {
-  present(p, name);
+void aligned16(Pointer p, const char* name, bool optional = false) {
+  if (!optional) present(p, name);
   require(p % 16 == 0, name, "a multiple of 16", p);
 }
 
@@ -101,6 +101,9 @@ void fprop(const ConvShape& s, int dtype, int tile, Pointer x, Pointer scale, Po
     require(short_scale || a.short_prologue.act == Act::identity, "short_act", "0 where there is no scale", short_act);
     a.w_short = at(w_short);
   }
+  aligned16(residual, "residual", true);
+  aligned16(y, "y", true);
+  aligned16(y_act, "y_act", true);
   a.bias = at<const float>(bias);
   a.residual = at(residual);
   a.y = at(y);
@@ -124,6 +127,7 @@ void dgrad(const ConvShape& s, int dtype, int tile, Pointer dy, Pointer w, Point
   aligned16(dy, "dy");
   aligned16(w, "w");
   aligned16(g, "g");
+  aligned16(x, "x", true);
   require(x || !(scale || sums || act), "x", "a pointer where there are scale, act or sums", "null");
   require(!sums || (mean && rstd), "mean", "mean and rstd where there are sums", "null");
   a.dy = at(dy);

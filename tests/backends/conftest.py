@@ -6,8 +6,9 @@ import pytest
 import torch
 from backends import cuda_on_cpu
 
-from wrn_fast import dispatch
+from wrn_fast import dispatch, packing
 from wrn_fast.backends import BACKENDS, cuda
+from wrn_fast.kernels import cuda_launch
 
 # On the CPU the convolutions of `cuda` are plain loops: `make test` draws some of its cells, `make test-all` runs all.
 CELLS = [pytest.param(name, marks=pytest.mark.rotate(20) if name == "cuda" else ()) for name in BACKENDS]
@@ -31,3 +32,28 @@ def backend(request, monkeypatch):
         yield request.param
         dispatch.forget()
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def clean_cuda():
+    """No choice, pack or device that an earlier test left behind."""
+
+    def forget():
+        dispatch.forget()
+        packing.refresh()
+        cuda.forget()
+        cuda._refused_gpu.cache_clear()
+        cuda_launch.shape_of.cache_clear()
+
+    forget()
+    yield
+    forget()
+
+
+@pytest.fixture
+def recorder(clean_cuda, monkeypatch):
+    """The cuda backend alone in the selection, on the CPU; what it calls is kept."""
+    found = cuda_on_cpu.Recorder(cuda_on_cpu.build())
+    monkeypatch.setattr(cuda, "_load", lambda: (found, None))
+    with dispatch.backend("cuda"):
+        yield found

@@ -80,3 +80,27 @@ def build():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+class Recorder:
+    """The extension for the CPU that keeps (name, arguments) of every call; `device` is what it says to serve."""
+
+    def __init__(self, extension, device="cpu"):
+        self.extension, self.calls, self.DEVICE = extension, [], device
+
+    def __getattr__(self, name):
+        function = getattr(self.extension, name)
+        if name in ("Shape", "refuses", "parts") or name.endswith(("_bytes", "_workspace")):
+            return function
+
+        def call(*args, **kwargs):
+            self.calls.append((name, kwargs))
+            return function(*args, **kwargs)
+
+        return call
+
+    def names(self):
+        return [name for name, _ in self.calls]
+
+    def of(self, name):
+        return next(kwargs for called, kwargs in self.calls if called == name)

@@ -66,6 +66,11 @@ def _absent(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(0, dtype=dtype, device=x.device)
 
 
+def _aligned(t: Any) -> Any:
+    """`t`, or its copy where it does not begin at a multiple of 16 bytes, as a slice of a larger tensor may not."""
+    return t if t is None or t.data_ptr() % 16 == 0 else t.clone()
+
+
 def _padded(channels: int) -> int:
     return -(-channels // STEP) * STEP
 
@@ -181,11 +186,11 @@ def _source(
     act: str, slope: float, rng: Tensor | None, p: float, stream: int,
 ) -> _Source:  # fmt: skip
     if stats is None and act == "identity" and p == 0:
-        return _Source(_widened(x))
+        return _Source(_aligned(_widened(x)))
     if apply or p > 0 or stats is None:
         return _Source(_apply(e, x, stats, gamma, beta, eps, act, slope, rng, p, stream))
     scale, shift, _, _ = _table(e, x, stats, gamma, beta, eps, stream)
-    return _Source(x, scale, shift, act)
+    return _Source(_aligned(x), scale, shift, act)
 
 
 def fprop(
@@ -219,6 +224,7 @@ def fprop(
             counts = torch.empty(parts, device=x.device)
             moments = torch.empty((parts, 2, p.K), device=x.device)
         bias, out_scale, out_shift = _vector(bias), _vector(out_scale), _vector(out_shift)
+        residual = _aligned(residual)
         e.fprop(
             shape, dtype=CODES[p.dtype], tile=tile.kind, x=_ptr(source.x), scale=_ptr(source.scale),
             shift=_ptr(source.shift), act=ACTS.index(source.act), slope=p.slope, w=_ptr(packed),
@@ -260,6 +266,7 @@ def dgrad(
     """(g [N,C,H,W], sums_g [2,C])."""
     with _queue("dgrad", problem, dy) as stream:
         p, shape = problem, shape_of(e, problem)
+        dy, x = _aligned(dy), _aligned(x)
         dropping = p.drop_at == "prologue" and p.p > 0
         bare = dropping or (stats is None and p.act == "identity")
         table: tuple[Tensor | None, ...] = (None,) * 4
@@ -304,6 +311,7 @@ def wgrad(
         p, shape = problem, shape_of(e, problem)
         dropping = p.p if p.drop_at == "prologue" else 0.0
         source = _source(e, True, x, stats, gamma, beta, p.eps, p.act, p.slope, rng, dropping, stream)
+        dy = _aligned(dy)
         units = _multiprocessors(x.device.index) if x.device.type == "cuda" else 1
         scratch = _scratch(x, e.wgrad_workspace(shape, units))
         dw = _new(x, p.K, _padded(p.C), p.R, p.S, dtype=torch.float32)
