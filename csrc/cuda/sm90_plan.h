@@ -36,11 +36,7 @@ struct Source {
 };
 
 // The epilogue's second operand ("side") is the residual of fprop and x of dgrad.
-template <class Map>
-struct ConvParams {
-  Map a, a_short;
-  Map side[4], y[4];  // by parity
-  Map y_act;
+struct ConvScalars {
   const void* w = nullptr;
   const void* w_short = nullptr;
   Source source, source_short;
@@ -59,6 +55,12 @@ struct ConvParams {
   float* counts = nullptr;
   float* sums = nullptr;  // moments (fprop), sums (dgrad)
 };
+template <class Map>
+struct ConvParams : ConvScalars {
+  Map a, a_short;
+  Map side[4], y[4];  // by parity
+  Map y_act;
+};
 
 // Which compiled kernel: pixels and reuse of a fetch by Sm90Tile.
 inline int blocks_of(Sm90Tile t) {
@@ -76,11 +78,22 @@ inline PixelTile tile_of(Sm90Tile t, Extent e) {
 }
 
 // The compiled kernels: X(block_k, Sm90Tile, 64-row blocks a warpgroup, filter rows a fetch serves).
-#define SM90_FETCH9(X)                                                                                \
-  X(16, fetch9, 1, 1)                                                                                 \
-  X(32, fetch9, 1, 1) X(48, fetch9, 1, 1) X(64, fetch9, 1, 1) X(80, fetch9, 1, 1) X(96, fetch9, 1, 1) \
-      X(128, fetch9, 1, 1) X(160, fetch9, 1, 1)
+#define SM90_FETCH9(X) \
+  X(16, fetch9, 1, 1)  \
+  X(32, fetch9, 1, 1)  \
+  X(48, fetch9, 1, 1)  \
+  X(64, fetch9, 1, 1) X(80, fetch9, 1, 1) X(96, fetch9, 1, 1) X(128, fetch9, 1, 1) X(160, fetch9, 1, 1)
 #define SM90_SHIFT3(X) X(64, shift3, 2, 3) X(128, shift3, 2, 3) X(160, shift3, 2, 3)
+
+// Dynamic shared memory of a kernel; 0: not compiled.
+inline uint32_t shared_bytes_of(int block_k, Sm90Tile tile) {
+#define CASE(k, t, blocks, taps) \
+  if (block_k == k && tile == Sm90Tile::t) return ConvMemory<k, blocks, taps>::kBytes;
+  SM90_FETCH9(CASE)
+  SM90_SHIFT3(CASE)
+#undef CASE
+  return 0;
+}
 
 inline int64_t packed_bytes(int64_t K, int64_t C, int R, int S) {
   return K * R * S * chunks_of(C) * kRowBytes;
@@ -115,8 +128,7 @@ inline const char* refuses(const char* op, const ConvShape& s, DType dtype, Sm90
   if (s.N > 1 << 24 || s.H > 1 << 14 || s.W > 1 << 14 || s.P > 1 << 14 || s.Q > 1 << 14) return "needs smaller images";
   if (static_cast<double>(pixel_tiles(schedule_for(s, dgrad, tile))) * 64 > 1 << 30) return "needs fewer pixels";
   if (tile == Sm90Tile::shift3) {
-    const int block_k = block_k_of(dgrad ? s.C : s.K);
-    if (block_k != 64 && block_k != 128 && block_k != 160) return "shift3 needs K in blocks of 64, 128 or 160";
+    if (!shared_bytes_of(block_k_of(dgrad ? s.C : s.K), tile)) return "shift3 needs K in blocks of 64, 128 or 160";
     if (s.R != 3 || s.S != 3 || s.stride != 1) return "shift3 needs a 3x3 filter at stride 1";
   }
   return nullptr;

@@ -58,7 +58,8 @@ def compiler() -> str:
 
 def cuda_headers() -> str:
     """The folder of cuda_runtime_api.h: the launchers' API names a stream."""
-    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", shutil.which("nvcc") and Path(shutil.which("nvcc")).resolve()]
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", nvcc and Path(nvcc).resolve()]
     for home in filter(None, homes):
         for folder in (Path(home) / "include", Path(home).parents[1] / "include"):
             if (folder / "cuda_runtime_api.h").exists():
