@@ -3,7 +3,8 @@
 No torch header is used, so torch is not needed here and an upgrade of torch cannot break the binaries. What cannot be
 built is a reason in `wrn_fast/_build_reasons.txt`, not a failed install, unless it was asked for by name:
 
-    WRN_FAST_BUILD     auto (default: what the toolchain allows) | cpu | cuda | cpu,cuda (these, or exit 1) | none
+    WRN_FAST_BUILD     auto (default: what the toolchain allows) | cpu | cuda | cpu,cuda (these, or exit 1) | none;
+                       auto leaves _cuda out where the torch that is installed is a build without CUDA
     CXX, CXXFLAGS      the C++ compiler (default: g++, c++, clang++) and flags put before ours; LDFLAGS likewise
     CUDA_HOME          where nvcc is, if not on PATH
     WRN_FAST_CXXFLAGS  flags put after ours
@@ -45,7 +46,9 @@ ISA_FLAGS = {
     "portable": [],
 }
 # csrc/cuda: sm90_*.cu use instructions of sm_90a only; the other files also run elsewhere (PTX for what comes later).
-CUDA_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -cudart static".split()
+# 7.5 is the oldest that CUDA 13 compiles for. The driver's functions are looked up when they are needed, so nothing
+# links to libcuda and the module can be imported without it.
+CUDA_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall -cudart static".split()
 GENCODE_SM90 = ["-gencode=arch=compute_90a,code=sm_90a"]
 GENCODE_PORTABLE = ["-gencode=arch=compute_75,code=[sm_75,compute_75]"]
 
@@ -92,6 +95,18 @@ def nvcc_compiler() -> list[str]:
     if nvcc_on_path is None:
         raise Unbuildable("no nvcc is on PATH and CUDA_HOME is not set")
     return [nvcc_on_path, *(["-ccbin", flags_from("CXX")[0]] if flags_from("CXX") else [])]
+
+
+def torch_without_cuda() -> str | None:
+    """The version of the installed torch if it is a build without CUDA; its file is read, it is not imported."""
+    found = importlib.util.find_spec("torch")
+    file = Path(found.origin).with_name("version.py") if found and found.origin else None
+    if file is None or not file.is_file():
+        return None
+    text = file.read_text(encoding="utf-8")
+    version = re.search(r"^__version__ *= *['\"](.+)['\"]", text, re.MULTILINE)
+    without = re.search(r"^cuda\b[^=\n]*= *None", text, re.MULTILINE)
+    return version.group(1) if version and without else None
 
 
 def ninja_program() -> str:
@@ -208,6 +223,11 @@ def plan_cpu(library: str) -> NinjaFile:
 def plan_cuda(library: str) -> NinjaFile:
     if not sources("cuda"):
         raise Unbuildable("this version has no CUDA sources (csrc/cuda)")
+    if not list((CSRC / "cuda").glob("sm90_*.cu")):
+        raise Unbuildable("this version has no Hopper kernels (csrc/cuda/sm90_*.cu)")
+    torch = torch_without_cuda() if wishes() is None else None
+    if torch:
+        raise Unbuildable(f"torch {torch} is a build without CUDA (WRN_FAST_BUILD=cpu,cuda builds it all the same)")
     nvcc, includes = nvcc_compiler(), python_includes()
     plan = NinjaFile()
     for source in sources("cuda"):

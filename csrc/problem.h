@@ -8,7 +8,8 @@
 
 namespace wrn_fast {
 
-enum class DType : int32_t { f32 = 0, bf16 = 1 };
+// f16 and f64 are of the CUDA kernels alone.
+enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
 enum class Act : int32_t { identity = 0, relu = 1, silu = 2, leaky_relu = 3 };
 
 // f4 and f2 are Winograd F(4x4,3x3) and F(2x2,3x3): 3x3, stride 1 only. direct is an implicit GEMM: any filter and

@@ -12,7 +12,7 @@ import torch
 
 import wrn_fast
 from wrn_fast import dispatch, ops
-from wrn_fast.backends import BACKENDS, aten
+from wrn_fast.backends import BACKENDS, OPT_IN, aten
 from wrn_fast.errors import FallbackWarning, WrnFastError
 from wrn_fast.functional import bn_act_conv
 from wrn_fast.problem import ConvProblem
@@ -43,6 +43,8 @@ def backends(monkeypatch):
     """Three backends: `cuda` and `cpu` refuse, each with its reason; `aten` serves."""
     modules = {"cuda": fake("cuda", "no GPU here"), "cpu": fake("cpu", "not today"), "aten": fake("aten", None)}
     monkeypatch.setattr(dispatch, "BACKENDS", tuple(modules))
+    monkeypatch.setattr(dispatch, "DEFAULT", tuple(modules))
+    monkeypatch.setattr(dispatch, "OPT_IN", ())
     monkeypatch.setattr(dispatch, "load", modules.__getitem__)
     monkeypatch.setattr(dispatch, "_parsed", {})
     return modules
@@ -108,6 +110,29 @@ def test_no_backend_left_raises_with_every_reason(backends):
     backends["aten"].unsupported = lambda op, problem: "not even this"
     with pytest.raises(WrnFastError, match=r"cuda: no GPU here; cpu: not today; aten: not even this"):
         dispatch.choose("fprop", PROBLEM)
+
+
+# Opt-in.
+
+
+def test_an_opt_in_backend_serves_where_it_is_named_or_measured_faster(backends, monkeypatch):
+    """`cuda` could serve; nobody named it."""
+    cuda, problem = backends["cuda"], PROBLEM._replace(device="cuda")
+    cuda.unsupported, cuda.faster = lambda op, problem: None, lambda op, problem: op == "dgrad"
+    monkeypatch.setattr(dispatch, "OPT_IN", ("cuda",))
+    monkeypatch.setattr(dispatch, "DEFAULT", ("cpu", "aten", "cuda"))
+    assert dispatch.choose("fprop", problem) is backends["aten"]
+    assert dispatch.choose("dgrad", problem) is cuda
+    assert dispatch.choose("dgrad", PROBLEM) is backends["aten"]
+    with wrn_fast.backend("cuda,cpu,aten"):
+        assert dispatch.choose("fprop", problem) is cuda
+    with wrn_fast.backend("cpu,aten"):
+        assert dispatch.choose("dgrad", problem) is backends["aten"]
+
+
+def test_cuda_is_opt_in():
+    assert "cuda" in OPT_IN and dispatch.selection()[-1] == "cuda"
+    assert dispatch.parse(",".join(BACKENDS)) == BACKENDS != dispatch.DEFAULT
 
 
 # Narrowing.
@@ -218,7 +243,7 @@ def test_backward_uses_the_selection_of_its_forward(monkeypatch):
     outside = loss()
     with wrn_fast.backend("aten"):
         outside.backward()
-    assert recorded.of("dgrad", "wgrad") == {BACKENDS}
+    assert recorded.of("dgrad", "wgrad") == {dispatch.DEFAULT}
 
 
 def test_backward_does_not_change_what_other_threads_see(monkeypatch):
@@ -236,7 +261,7 @@ def test_backward_does_not_change_what_other_threads_see(monkeypatch):
     other.append(dispatch.selection())
     leave.set()
     thread.join()
-    assert other == [BACKENDS]
+    assert other == [dispatch.DEFAULT]
 
 
 def test_blocks_of_two_threads_may_close_in_any_order():
@@ -255,7 +280,7 @@ def test_blocks_of_two_threads_may_close_in_any_order():
     assert dispatch.selection() == ("cpu", "aten")
     closed.set()
     thread.join()
-    assert dispatch.selection() == BACKENDS
+    assert dispatch.selection() == dispatch.DEFAULT
 
 
 def test_threads_share_a_block_and_give_equal_bits():

@@ -2,6 +2,7 @@
 
 The first backend of `BACKENDS` without a reason against the problem serves it. `WRN_FAST_BACKEND=cuda,aten` and
 `with wrn_fast.backend("cuda,aten")` narrow the list; one name alone must serve, or the call raises with its reason.
+Without such a list the backends of `OPT_IN` come last, which means never, unless they measured faster on this GPU.
 An automatic choice that ends on `aten` on a device for which a faster backend exists warns, once a reason.
 """
 
@@ -13,7 +14,7 @@ import warnings
 from contextlib import AbstractContextManager
 from types import ModuleType
 
-from wrn_fast.backends import BACKENDS
+from wrn_fast.backends import BACKENDS, OPT_IN
 from wrn_fast.errors import FallbackWarning, WrnFastError
 from wrn_fast.problem import ConvProblem
 from wrn_fast.setting import Setting
@@ -21,6 +22,7 @@ from wrn_fast.setting import Setting
 OPS = ("fprop", "dgrad", "wgrad", "bn_bwd_apply", "act_mask", "input_grad", "channel_stats", "dropout")
 # Devices that a backend was written for: only there is its refusal worth a warning.
 _DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",), "aten": ()}
+DEFAULT = (*(name for name in BACKENDS if name not in OPT_IN), *OPT_IN)
 _CACHE_LIMIT = 4096
 
 _modules: dict[str, ModuleType] = {}
@@ -46,7 +48,7 @@ def parse(names: str) -> tuple[str, ...]:
         for name in wanted:
             if name not in BACKENDS:
                 raise WrnFastError(f"`backend`: expected names out of {', '.join(BACKENDS)}, got {name!r}")
-        _parsed[names] = tuple(name for name in BACKENDS if name in wanted) or BACKENDS
+        _parsed[names] = tuple(name for name in BACKENDS if name in wanted) or DEFAULT
     return _parsed[names]
 
 
@@ -56,7 +58,7 @@ def selection() -> tuple[str, ...]:
     if names is not None:
         return names
     wanted = os.environ.get("WRN_FAST_BACKEND")
-    return parse(wanted) if wanted else BACKENDS
+    return parse(wanted) if wanted else DEFAULT
 
 
 def backend(names: str) -> AbstractContextManager[None]:
@@ -102,7 +104,7 @@ def choose(op: str, problem: ConvProblem) -> ModuleType:
 def _choose(key: tuple[str, ConvProblem, tuple[str, ...]]) -> ModuleType:
     op, problem, names = key
     reasons: list[tuple[str, str]] = []
-    for name in names:
+    for name in (*_measured_faster(op, problem, names), *names):
         module = load(name)
         reason = _reason(name, op, problem)
         if reason is None:
@@ -115,6 +117,13 @@ def _choose(key: tuple[str, ConvProblem, tuple[str, ...]]) -> ModuleType:
         reasons.append((name, reason))
     listed = "; ".join(f"{name}: {reason}" for name, reason in reasons)
     raise WrnFastError(f"no backend of {', '.join(names)} can serve {op} on {problem.device} {problem.dtype}: {listed}")
+
+
+def _measured_faster(op: str, problem: ConvProblem, names: tuple[str, ...]) -> list[str]:
+    """The opt-in backends that go first for `problem` though nobody named them."""
+    if names != DEFAULT:
+        return []
+    return [name for name in OPT_IN if problem.device in _DEVICES[name] and load(name).faster(op, problem)]
 
 
 def _warn(problem: ConvProblem, reasons: list[tuple[str, str]]) -> None:

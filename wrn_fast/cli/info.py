@@ -16,7 +16,7 @@ from rich.table import Table
 
 from wrn_fast import __version__, dispatch, machine, packing
 from wrn_fast._build import missing_extension_reason
-from wrn_fast.backends import BACKENDS, cpu
+from wrn_fast.backends import cpu, cuda
 from wrn_fast.errors import WrnFastError
 from wrn_fast.precision import current, pinned
 from wrn_fast.problem import ConvProblem
@@ -97,10 +97,8 @@ def gpus() -> list[dict[str, Any]]:
 def extensions() -> dict[str, str]:
     """Each extension: what it was built for, or why it is not there."""
     found = {"_cpu": f"built, runs {cpu.isa()}" if cpu.isa() else missing_extension_reason("_cpu")}
-    if "cuda" in BACKENDS:
-        spec = importlib.util.find_spec("wrn_fast._cuda")
-        found["_cuda"] = "built" if spec else missing_extension_reason("_cuda")
-    return found
+    named = "not run on a GPU yet, so it serves only where WRN_FAST_BACKEND names cuda or a tuned row prefers it"
+    return {**found, "_cuda": cuda.missing() or f"built; {named}"}
 
 
 def choices(device: str, batch: int, width: int = 10) -> list[dict[str, Any]]:

@@ -1,0 +1,57 @@
+// What the bindings share: pointers as integers, checks that name the argument.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "common.h"
+
+namespace wrn_fast {
+namespace cuda {
+
+using Pointer = uintptr_t;
+
+template <class T = void>
+T* at(Pointer p) {
+  return reinterpret_cast<T*>(p);
+}
+
+template <class T>
+void require(bool holds, const char* name, const char* expected, const T& got) {
+  if (holds) return;
+  std::ostringstream text;
+  text << '`' << name << "`: expected " << expected << ", got " << got;
+  throw std::invalid_argument(text.str());
+}
+
+inline DType checked_dtype(int code, const char* name = "dtype") {
+  require(code >= 0 && code <= static_cast<int>(DType::f64), name, "a code of problem.h's DType", code);
+  return static_cast<DType>(code);
+}
+inline DType checked_wide(int code) {
+  const DType wide = checked_dtype(code, "wide");
+  require(wide == DType::f32 || wide == DType::f64, "wide", "float32 or float64", code);
+  return wide;
+}
+inline Act checked_act(int code, const char* name = "act") {
+  require(code >= 0 && code <= static_cast<int>(Act::leaky_relu), name, "a code of problem.h's Act", code);
+  return static_cast<Act>(code);
+}
+inline void present(Pointer p, const char* name) {
+  require(p != 0, name, "a pointer", "null");
+}
+inline void positive(int64_t value, const char* name) {
+  require(value > 0, name, "a positive number", value);
+}
+
+using release = pybind11::call_guard<pybind11::gil_scoped_release>;
+
+// module_sm90.cpp
+void bind_sm90(pybind11::module_& m);
+
+}  // namespace cuda
+}  // namespace wrn_fast

@@ -1,0 +1,107 @@
+// Host launchers of the kernels that are bound by memory: right on compute capability 7.5 and later. No CUDA header, so
+// that module.cpp and the tests include it alone.
+//
+// Pointers are device memory. Each launcher queues its kernels on `stream` (a cudaStream_t), waits for nothing,
+// allocates nothing, and throws Error where a launch fails. What a launcher does depends on shapes only, so its bits
+// are the same on every GPU.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "../problem.h"
+
+namespace wrn_fast {
+namespace cuda {
+
+using Stream = void*;
+
+// CUDA's word for what went wrong.
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+constexpr int64_t size_of(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
+// Statistics, sums and arithmetic: float32, float64 for float64.
+constexpr DType wide_of(DType dtype) {
+  return dtype == DType::f64 ? DType::f64 : DType::f32;
+}
+
+// Tensors of `rows` = N*H*W pixels of C channels, NHWC without holes.
+struct Rows {
+  DType dtype = DType::f32;
+  int64_t rows = 0;
+  int C = 0;
+};
+
+// Philox4x32-10 (wrn_fast/random.py): element i takes word i & 3 of the block with key `rng[0]` and counter
+// (i >> 2, rng[1]), is kept when word >= threshold, and then multiplied by `scale`.
+struct Mask {
+  const int64_t* rng = nullptr;  // [2] on the device: a graph replays new masks; null: no dropout
+  uint32_t threshold = 0;        // floor(p * 2^32)
+  double scale = 1;              // 1 / (1 - p); 0 for p = 1
+};
+
+// BatchNorm with given statistics. Vectors are of the wide dtype.
+struct Norm {
+  const void* stats = nullptr;  // [2, C]: mean, biased variance; null: no BatchNorm
+  const void* gamma = nullptr;  // [C]; null: 1
+  const void* beta = nullptr;   // [C]; null: 0
+  double eps = 0;
+};
+
+// y = act(bn(x)) * mask / (1 - p), written once instead of made nine times in a convolution. Reads x, writes y.
+void apply(const Rows& shape, const void* x, const Norm& norm, Act act, double slope, const Mask& mask, void* y,
+           Stream stream);
+
+// dx = gamma * rstd * (g - sums[0]/m - xhat * sums[1]/m), m = rows; without sums dx = gamma * rstd * g.
+// Reads g and x, writes dx.
+void bn_bwd_apply(const Rows& shape, const void* g, const void* x, const Norm& norm, const void* sums, void* dx,
+                  Stream stream);
+
+// stats [2, C]: mean and biased variance of x. Reads x once; `workspace` holds channel_stats_workspace(shape) bytes.
+int64_t channel_stats_workspace(const Rows& shape);
+void channel_stats(const Rows& shape, const void* x, void* stats, void* workspace, Stream stream);
+
+// For what a convolution's epilogue does not do itself:
+// g = da * mask / (1 - p) * act'(bn(x)), and sums [2, C] of g and g * xhat, of g as stored; null: not wanted.
+// Reads da and x, writes g, which may be da.
+int64_t act_backward_workspace(const Rows& shape);
+void act_backward(const Rows& shape, const void* da, const void* x, const Norm& norm, Act act, double slope,
+                  const Mask& mask, void* g, void* sums, void* workspace, Stream stream);
+
+// bits [rows, ceil(C / 8)]: bit c % 8 of byte c / 8 is act'(bn(x)) == 1, of relu or leaky_relu.
+void act_mask(const Rows& shape, const void* x, const Norm& norm, Act act, void* bits, Stream stream);
+
+// g = da * mask / (1 - p) * (bit ? 1 : slope) * scale[c]; null bits: all set, null scale [C]: 1. g may be da.
+void mask_backward(const Rows& shape, const void* da, const void* bits, const void* scale, double slope,
+                   const Mask& mask, void* g, Stream stream);
+
+// table [4, C]: scale, shift, mean, rstd, so that bn(x) = x * scale + shift.
+void affine_table(DType wide, int C, const Norm& norm, void* table, Stream stream);
+
+// stats [2, C]: mean and biased variance, from the moments [parts, 2, C] (mean, M2) of parts of counts[part] rows each.
+int64_t merge_moments_workspace(DType wide, int64_t parts, int C);
+void merge_moments(DType wide, int C, const void* counts, const void* moments, int64_t parts, void* stats,
+                   void* workspace, Stream stream);
+
+// The packed image of sm90.h of a filter [K, C, R, S] of f32 or of `dtype` (bf16, f16), in rows of 64 channels:
+// out_rows rows, the ones past K zero, in blocks of block_rows; `transpose` exchanges K and C. `samples`, kept with
+// `packed` (pack_samples_bytes), hold some elements of each tile as they were: a tile whose elements still are so is
+// not packed again, unless `all`. Null: pack in any case.
+constexpr int kFilterSamples = 16;  // a tile of 64 x 64
+int64_t pack_samples_bytes(const Weight& w, int K, int C, int R, int S);
+void pack_filter(const Weight& w, int K, int C, int R, int S, bool transpose, int out_rows, int block_rows, DType dtype,
+                 void* packed, void* samples, bool all, Stream stream);
+
+// out [count] of `dtype` = the sums over from [slabs, count] of the wide dtype, in index order: of a few large slabs
+// directly, of many small ones 64 at a time.
+int64_t add_slabs_workspace(DType wide, int64_t slabs, int64_t count);
+void add_slabs(DType wide, const void* from, int64_t slabs, int64_t count, DType dtype, void* out, void* workspace,
+               Stream stream);
+
+}  // namespace cuda
+}  // namespace wrn_fast

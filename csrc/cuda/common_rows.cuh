@@ -1,0 +1,242 @@
+// How a block walks over rows of channels, and the arithmetic on 16 bytes of them: widening, activation, dropout.
+#pragma once
+
+#include "common_device.cuh"
+
+namespace wrn_fast {
+namespace cuda {
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+template <class T>
+struct WideOf {
+  using type = float;
+};
+template <>
+struct WideOf<double> {
+  using type = double;
+};
+template <class T>
+using Wide = typename WideOf<T>::type;
+
+// V elements in memory: 16 bytes, or one element where C or a pointer does not allow 16.
+template <class T, int V>
+struct Vector {
+  static_assert(V == 1 || V * sizeof(T) == 16, "a vector is one element or 16 bytes");
+  T v[V];
+};
+
+template <int V, class T>
+WRN_DEVICE Vector<T, V> load(const T* p) {
+  Vector<T, V> r;
+  if constexpr (V == 1) {
+    r.v[0] = *p;
+  } else {
+    const Bits128 bits = load128(p);
+    memcpy(&r, &bits, 16);
+  }
+  return r;
+}
+
+template <class T, int V>
+WRN_DEVICE void store(T* p, const Vector<T, V>& r) {
+  if constexpr (V == 1) {
+    *p = r.v[0];
+  } else {
+    Bits128 bits;
+    memcpy(&bits, &r, 16);
+    store128(p, bits);
+  }
+}
+
+// A block is `lanes` rows of `columns` vectors; neighbours in a row are neighbours in memory. Blocks of the y direction
+// share the vectors of a row where these are more than the threads of a block.
+struct Walk {
+  int vectors;  // of a row
+  int columns, lanes, tiles_y;
+
+  explicit Walk(int vectors_)
+      : vectors(vectors_),
+        columns((vectors_ + tiles_of(vectors_) - 1) / tiles_of(vectors_)),
+        lanes(kThreads / columns),
+        tiles_y(tiles_of(vectors_)) {}
+
+  static int tiles_of(int vectors) { return (vectors + kThreads - 1) / kThreads; }
+};
+
+// Where a thread of a Walk stands.
+struct Place {
+  int column, lane, vector;
+  bool active;
+
+  WRN_DEVICE Place(const Walk& walk, int y, int thread)
+      : column(thread % walk.columns),
+        lane(thread / walk.columns),
+        vector(y * walk.columns + column),
+        active(lane < walk.lanes && vector < walk.vectors) {}
+};
+
+struct NoShared {};
+
+constexpr int kChunk = 8;
+constexpr int64_t kMostTiles = 64 * 64;
+
+// How kernels with sums cut their rows: a tile is a block's, whole chunks of kChunk rows a lane.
+struct Tiling {
+  int64_t tile_rows, tiles;
+
+  Tiling(const Rows& shape, const Walk& walk) {
+    const int64_t chunk = static_cast<int64_t>(walk.lanes) * kChunk, chunks = ceil_div(shape.rows, chunk);
+    tile_rows = ceil_div(chunks, kMostTiles) * chunk;
+    tiles = ceil_div(shape.rows, tile_rows);
+  }
+};
+
+// Adds acc[j][lane * columns + column] over the lanes; the sums are then in lane 0.
+template <int V, class W>
+WRN_DEVICE void add_lanes(const Block& block, int columns, int lanes, W (&acc)[V][kThreads]) {
+  int half = 1;
+  while (2 * half < lanes) half *= 2;
+  if (lanes == 1) half = 0;
+  for (; half > 0; half /= 2) {
+    block.each([&](int t) {
+      const int lane = t / columns;
+      if (lane < half && lane + half < lanes) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) acc[j][t] += acc[j][t + half * columns];
+      }
+    });
+  }
+}
+
+template <class W>
+WRN_DEVICE W reciprocal_deviation(W variance, W eps) {
+  return W(1) / sqrt(variance + eps);
+}
+
+// The C entries of a vector from `c` on; `missing` where there is none.
+template <int V, class W>
+WRN_DEVICE void channels(const W* from, int c, W missing, W (&to)[V]) {
+#pragma unroll
+  for (int j = 0; j < V; ++j) to[j] = from ? from[c + j] : missing;
+}
+
+// act(v). NaN stays NaN.
+template <class W>
+WRN_DEVICE W activate(W v, Act act, W slope) {
+  switch (act) {
+    case Act::relu:
+      return v < W(0) ? W(0) : v;
+    case Act::silu:
+      return v / (W(1) + exp(-v));
+    case Act::leaky_relu:
+      return v > W(0) ? v : v * slope;
+    default:
+      return v;
+  }
+}
+
+// g * act'(v), as PyTorch has it: a selection, 0 at 0 for relu, `slope` at 0 for leaky_relu.
+template <class W>
+WRN_DEVICE W activate_backward(W g, W v, Act act, W slope) {
+  switch (act) {
+    case Act::relu:
+      return v <= W(0) ? W(0) : g;
+    case Act::silu: {
+      const W s = W(1) / (W(1) + exp(-v));
+      return g * (s * (W(1) + v * (W(1) - s)));
+    }
+    case Act::leaky_relu:
+      return v > W(0) ? g : g * slope;
+    default:
+      return g;
+  }
+}
+
+struct Words {
+  uint32_t w[4];
+};
+
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011).
+WRN_DEVICE Words philox(uint64_t block, uint64_t seed, uint64_t offset) {
+  uint32_t c0 = static_cast<uint32_t>(block), c1 = static_cast<uint32_t>(block >> 32);
+  uint32_t c2 = static_cast<uint32_t>(offset), c3 = static_cast<uint32_t>(offset >> 32);
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+#pragma unroll
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t a = static_cast<uint64_t>(c0) * 0xD2511F53u, b = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
+    c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0;
+    c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1;
+    c1 = static_cast<uint32_t>(b);
+    c3 = static_cast<uint32_t>(a);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// A Mask with its seed read, and `scale` in the wide dtype.
+template <class W>
+struct Dropped {
+  uint64_t seed, offset;
+  uint32_t threshold;
+  W scale;
+
+  WRN_DEVICE explicit Dropped(const Mask& d)
+      : seed(d.rng ? static_cast<uint64_t>(d.rng[0]) : 0),
+        offset(d.rng ? static_cast<uint64_t>(d.rng[1]) : 0),
+        threshold(d.threshold),
+        scale(static_cast<W>(d.scale)) {}
+
+  // v [V] are the elements from `index` on, a multiple of V. A product, so that a dropped NaN stays NaN.
+  template <int V>
+  WRN_DEVICE void drop(W (&v)[V], int64_t index) const {
+#pragma unroll
+    for (int j = 0; j < V; j += 4) {
+      const Words words = philox(static_cast<uint64_t>(index + j) >> 2, seed, offset);
+#pragma unroll
+      for (int i = 0; i < 4 && i < V; ++i) {
+        const int k = V >= 4 ? i : static_cast<int>(index & 3) + i;
+        const uint32_t word = k == 0 ? words.w[0] : k == 1 ? words.w[1] : k == 2 ? words.w[2] : words.w[3];
+        v[j + i] *= word >= threshold ? scale : W(0);
+      }
+    }
+  }
+};
+
+// A number as a type, to choose a kernel by.
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
+// Calls f with a value of the element type of `dtype`.
+template <class F>
+void with_type(DType dtype, F f) {
+  switch (dtype) {
+    case DType::f32:
+      return f(float());
+    case DType::f16:
+      return f(Half());
+    case DType::bf16:
+      return f(BFloat());
+    default:
+      return f(double());
+  }
+}
+
+// The same for the dtype of statistics: float, or double.
+template <class F>
+void with_wide(DType wide, F f) {
+  if (wide == DType::f64) return f(double());
+  f(float());
+}
+
+inline bool aligned(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+}
+
+}  // namespace cuda
+}  // namespace wrn_fast

@@ -1,0 +1,234 @@
+// Bindings of the Hopper convolutions (sm90.h) and of the packed filters that they read.
+#include "binding.h"
+#include "sm90.h"
+
+namespace wrn_fast {
+namespace cuda {
+namespace {
+
+namespace py = pybind11;
+
+ConvShape shape(int64_t N, int64_t H, int64_t W, int64_t C, int64_t K, int R, int S, int stride, int pad_left,
+                int pad_right, int pad_top, int pad_bottom) {
+  for (const auto& [name, value] : {std::pair<const char*, int64_t>{"N", N},
+                                    {"H", H},
+                                    {"W", W},
+                                    {"C", C},
+                                    {"K", K},
+                                    {"R", R},
+                                    {"S", S},
+                                    {"stride", stride}})
+    positive(value, name);
+  ConvShape s;
+  s.N = N;
+  s.H = H;
+  s.W = W;
+  s.C = C;
+  s.K = K;
+  s.R = R;
+  s.S = S;
+  s.stride = stride;
+  s.pad_left = pad_left;
+  s.pad_right = pad_right;
+  s.pad_top = pad_top;
+  s.pad_bottom = pad_bottom;
+  s.P = (H + pad_top + pad_bottom - R) / stride + 1;
+  s.Q = (W + pad_left + pad_right - S) / stride + 1;
+  return s;
+}
+
+Sm90Tile checked_tile(int code) {
+  require(code == 0 || code == 1, "tile", "0 (fetch9) or 1 (shift3)", code);
+  return static_cast<Sm90Tile>(code);
+}
+
+void aligned16(Pointer p, const char* name, bool optional = false) {
+  if (!optional) present(p, name);
+  require(p % 16 == 0, name, "a multiple of 16", p);
+}
+
+void served(const char* op, const ConvShape& s, DType dtype, Sm90Tile tile) {
+  const char* reason = sm90_refuses(op, s, dtype, tile);
+  if (reason) throw std::invalid_argument(std::string(op) + ": " + reason);
+}
+
+void check(cudaError_t status) {
+  if (status != cudaSuccess) throw Error(cudaGetErrorString(status));
+}
+
+Sm90Prologue prologue(Pointer scale, Pointer shift, int act, double slope) {
+  require((scale == 0) == (shift == 0), "shift", "scale and shift together", "one alone");
+  Sm90Prologue p;
+  p.scale = at<const float>(scale);
+  p.shift = at<const float>(shift);
+  p.act = checked_act(act);
+  p.slope = static_cast<float>(slope);
+  return p;
+}
+
+void fprop(const ConvShape& s, int dtype, int tile, Pointer x, Pointer scale, Pointer shift, int act, double slope,
+           Pointer w, Pointer x_short, int64_t short_H, int64_t short_W, int64_t short_C, int short_stride,
+           Pointer short_scale, Pointer short_shift, int short_act, Pointer w_short, Pointer bias, Pointer residual,
+           Pointer y, Pointer y_act, int act_out, Pointer out_scale, Pointer out_shift, Pointer counts, Pointer moments,
+           Pointer stream) {
+  Sm90Fprop a;
+  a.shape = s;
+  a.dtype = checked_dtype(dtype);
+  a.tile = checked_tile(tile);
+  served("fprop", s, a.dtype, a.tile);
+  aligned16(x, "x");
+  aligned16(w, "w");
+  require(y || y_act, "y", "a pointer where there is no y_act", "null");
+  require((counts == 0) == (moments == 0), "moments", "counts and moments together", "one alone");
+  require(!moments || y, "y", "a pointer where there are moments", "null");
+  a.x = at(x);
+  a.prologue = prologue(scale, shift, act, slope);
+  require(scale || a.prologue.act == Act::identity, "act", "0 where there is no scale", act);
+  a.w = at(w);
+  if (x_short) {
+    aligned16(x_short, "x_short");
+    aligned16(w_short, "w_short");
+    positive(short_H, "short_H");
+    positive(short_W, "short_W");
+    positive(short_C, "short_C");
+    positive(short_stride, "short_stride");
+    a.x_short = at(x_short);
+    a.short_H = short_H;
+    a.short_W = short_W;
+    a.short_C = short_C;
+    a.short_stride = short_stride;
+    a.short_prologue = prologue(short_scale, short_shift, short_act, slope);
+    require(short_scale || a.short_prologue.act == Act::identity, "short_act", "0 where there is no scale", short_act);
+    a.w_short = at(w_short);
+  }
+  aligned16(residual, "residual", true);
+  aligned16(y, "y", true);
+  aligned16(y_act, "y_act", true);
+  a.bias = at<const float>(bias);
+  a.residual = at(residual);
+  a.y = at(y);
+  a.y_act = at(y_act);
+  a.act_out = checked_act(act_out, "act_out");
+  a.slope_out = static_cast<float>(slope);
+  a.out_scale = at<const float>(out_scale);
+  a.out_shift = at<const float>(out_shift);
+  a.counts = at<float>(counts);
+  a.moments = at<float>(moments);
+  check(sm90_fprop(a, at<CUstream_st>(stream)));
+}
+
+void dgrad(const ConvShape& s, int dtype, int tile, Pointer dy, Pointer w, Pointer x, Pointer scale, Pointer shift,
+           int act, double slope, Pointer mean, Pointer rstd, Pointer g, Pointer sums, Pointer stream) {
+  Sm90Dgrad a;
+  a.shape = s;
+  a.dtype = checked_dtype(dtype);
+  a.tile = checked_tile(tile);
+  served("dgrad", s, a.dtype, a.tile);
+  aligned16(dy, "dy");
+  aligned16(w, "w");
+  aligned16(g, "g");
+  aligned16(x, "x", true);
+  require(x || !(scale || sums || act), "x", "a pointer where there are scale, act or sums", "null");
+  require(!sums || (mean && rstd), "mean", "mean and rstd where there are sums", "null");
+  a.dy = at(dy);
+  a.w = at(w);
+  a.x = at(x);
+  a.prologue = prologue(scale, shift, act, slope);
+  a.mean = at<const float>(mean);
+  a.rstd = at<const float>(rstd);
+  a.g = at(g);
+  a.sums = at<float>(sums);
+  check(sm90_dgrad(a, at<CUstream_st>(stream)));
+}
+
+void wgrad(const ConvShape& s, int dtype, Pointer dy, Pointer x, Pointer workspace, Pointer dw, Pointer stream) {
+  Sm90Wgrad a;
+  a.shape = s;
+  a.dtype = checked_dtype(dtype);
+  served("wgrad", s, a.dtype, Sm90Tile::fetch9);
+  aligned16(dy, "dy");
+  aligned16(x, "x");
+  aligned16(dw, "dw");
+  a.dy = at(dy);
+  a.x = at(x);
+  a.workspace = at<float>(workspace);
+  a.dw = at<float>(dw);
+  check(sm90_wgrad(a, at<CUstream_st>(stream)));
+}
+
+Weight weight(Pointer w, int dtype, int64_t stride_k, int64_t stride_c, int64_t stride_r, int64_t stride_s) {
+  present(w, "w");
+  return {at(w), checked_dtype(dtype, "w_dtype"), stride_k, stride_c, stride_r, stride_s};
+}
+
+// Rows of a packed filter, K or C: the kernels have multiples of 16.
+int64_t padded(int64_t rows) {
+  return (rows + 15) / 16 * 16;
+}
+
+void pack(Pointer w, int w_dtype, int64_t stride_k, int64_t stride_c, int64_t stride_r, int64_t stride_s, int K, int C,
+          int R, int S, bool transpose, int dtype, Pointer packed, Pointer samples, bool all, Pointer stream) {
+  const Weight from = weight(w, w_dtype, stride_k, stride_c, stride_r, stride_s);
+  const DType to = checked_dtype(dtype);
+  require(to == DType::bf16 || to == DType::f16, "dtype", "bfloat16 or float16", dtype);
+  require(from.dtype == DType::f32 || from.dtype == to, "w_dtype", "float32 or dtype", w_dtype);
+  positive(K, "K");
+  positive(C, "C");
+  positive(R, "R");
+  positive(S, "S");
+  aligned16(packed, "packed");
+  const int rows = static_cast<int>(padded(transpose ? C : K));
+  pack_filter(from, K, C, R, S, transpose, rows, sm90_block_k(rows), to, at(packed), at(samples), all, at(stream));
+}
+
+}  // namespace
+
+void bind_sm90(py::module_& m) {
+  py::class_<ConvShape>(m, "Shape", "The sizes of one convolution.")
+      .def(py::init(&shape), py::kw_only(), py::arg("N"), py::arg("H"), py::arg("W"), py::arg("C"), py::arg("K"),
+           py::arg("R"), py::arg("S"), py::arg("stride"), py::arg("pad_left"), py::arg("pad_right"), py::arg("pad_top"),
+           py::arg("pad_bottom"));
+
+  m.def(
+      "refuses",
+      [](const std::string& op, const ConvShape& s, int dtype, int tile) -> py::object {
+        const char* reason = sm90_refuses(op.c_str(), s, checked_dtype(dtype), checked_tile(tile));
+        return reason ? py::object(py::str(reason)) : py::none();
+      },
+      "A sentence, or None where the kernels serve the call.");
+  m.def("parts", [](const ConvShape& s, bool dgrad, int tile) { return sm90_parts(s, dgrad, checked_tile(tile)); });
+  m.def("wgrad_workspace", &sm90_wgrad_workspace);
+  m.def(
+      "packed_bytes",
+      [](int64_t K, int64_t C, int R, int S, bool transpose) {
+        return transpose ? sm90_packed_bytes(padded(C), K, R, S) : sm90_packed_bytes(padded(K), C, R, S);
+      },
+      py::kw_only(), py::arg("K"), py::arg("C"), py::arg("R"), py::arg("S"), py::arg("transpose"));
+  m.def(
+      "samples_bytes",
+      [](int w_dtype, int K, int C, int R, int S) {
+        Weight w;
+        w.dtype = checked_dtype(w_dtype, "w_dtype");
+        return pack_samples_bytes(w, K, C, R, S);
+      },
+      py::kw_only(), py::arg("w_dtype"), py::arg("K"), py::arg("C"), py::arg("R"), py::arg("S"));
+  m.def("pack", &pack, release(), py::kw_only(), py::arg("w"), py::arg("w_dtype"), py::arg("stride_k"),
+        py::arg("stride_c"), py::arg("stride_r"), py::arg("stride_s"), py::arg("K"), py::arg("C"), py::arg("R"),
+        py::arg("S"), py::arg("transpose"), py::arg("dtype"), py::arg("packed"), py::arg("samples"), py::arg("all"),
+        py::arg("stream"));
+
+  m.def("fprop", &fprop, release(), py::arg("shape"), py::kw_only(), py::arg("dtype"), py::arg("tile"), py::arg("x"),
+        py::arg("scale"), py::arg("shift"), py::arg("act"), py::arg("slope"), py::arg("w"), py::arg("x_short"),
+        py::arg("short_H"), py::arg("short_W"), py::arg("short_C"), py::arg("short_stride"), py::arg("short_scale"),
+        py::arg("short_shift"), py::arg("short_act"), py::arg("w_short"), py::arg("bias"), py::arg("residual"),
+        py::arg("y"), py::arg("y_act"), py::arg("act_out"), py::arg("out_scale"), py::arg("out_shift"),
+        py::arg("counts"), py::arg("moments"), py::arg("stream"));
+  m.def("dgrad", &dgrad, release(), py::arg("shape"), py::kw_only(), py::arg("dtype"), py::arg("tile"), py::arg("dy"),
+        py::arg("w"), py::arg("x"), py::arg("scale"), py::arg("shift"), py::arg("act"), py::arg("slope"),
+        py::arg("mean"), py::arg("rstd"), py::arg("g"), py::arg("sums"), py::arg("stream"));
+  m.def("wgrad", &wgrad, release(), py::arg("shape"), py::kw_only(), py::arg("dtype"), py::arg("dy"), py::arg("x"),
+        py::arg("workspace"), py::arg("dw"), py::arg("stream"));
+}
+
+}  // namespace cuda
+}  // namespace wrn_fast

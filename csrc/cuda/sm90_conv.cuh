@@ -1,0 +1,282 @@
+// Convolution on Hopper as an exact-tile implicit GEMM: fprop, and dgrad as the convolution of dy. Not run on a GPU
+// yet.
+//
+//   y[pixel, k] = sum over source, chunk, s, r, c of a[pixel's tap (r, s), c] * w[k, r, s, c], then the epilogue
+//
+// Persistent: a block takes every gridDim.x-th job of the schedule, a tile of pixels x block_k channels. Warp 0 fetches
+// activations (TMA boxes: out of the image is zero) and packed filters (bulk copies) into two rings; warps 1 to 3 apply
+// the prologue in place; warpgroups 1 and 2 multiply, each its half of the pixels, and run the epilogue
+// (sm90_epilogue.cuh). A tile of `blocks` 64-row blocks a warpgroup reads each source row_taps times less often than an
+// implicit GEMM that fetches each tap: with row_taps 3 a box brings the pixels of one filter column with two rows of
+// halo, and the three filter rows are starts within it. All of them lie on the swizzle's period.
+#pragma once
+
+#include "sm90_epilogue.cuh"
+#include "sm90_hw.cuh"
+#include "sm90_plan.h"
+
+namespace wrn_fast {
+namespace sm90 {
+
+// The kernel that is compiled for (pass, block_k, pixels, dtype).
+template <bool dgrad_, int block_k_, int blocks_, int row_taps_, bool fp16_>
+struct ConvTraits {
+  static constexpr int block_k = block_k_, blocks = blocks_, row_taps = row_taps_;
+  static constexpr bool dgrad = dgrad_, fp16 = fp16_;
+  using Memory = ConvMemory<block_k, blocks, row_taps>;
+  // 224 and 56: both roles without a spill at 2 x 64 x 160 (ptxas 13.0).
+  static constexpr int kConsumerRegisters = 224, kProducerRegisters = 56;
+  static_assert((kConsumers * kConsumerRegisters + kProducerRegisters) * kWarpgroup <= kRegistersMax);
+};
+
+// One chunk of one source: columns x fetches boxes of activations, each read by `taps` filter rows.
+struct Chunk {
+  const Source* source;
+  bool is_short;
+  int chunk, parity, halo, columns, fetches, taps;
+};
+
+// The chunks of a job, in the order in which all roles walk through the rings.
+template <int row_taps, class Params, class Visit>
+SM90_FN void for_each_chunk(const Params& p, int parity, Visit&& visit) {
+  const int rows = p.source.rows[parity >> 1].count, columns = p.source.columns[parity & 1].count;
+  const int chunks = chunks_of(p.source.channels), chunks_short = chunks_of(p.source_short.channels);
+  for (int i = 0; i < chunks + chunks_short; ++i) {
+    if (i < chunks) {
+      visit(
+          Chunk{&p.source, false, i, parity, row_taps - 1, columns, row_taps > 1 ? 1 : rows, row_taps > 1 ? rows : 1});
+    } else {
+      visit(Chunk{&p.source_short, true, i - chunks, 0, 0, 1, 1, 1});
+    }
+  }
+}
+
+// Where fetch (column, row) of a chunk starts in its source.
+SM90_FN Pixel fetch_origin(const Chunk& k, int column, int row, Pixel origin) {
+  const Source& s = *k.source;
+  const Axis rows = s.rows[k.parity >> 1], columns = s.columns[k.parity & 1];
+  return {origin.q * s.in_stride + offset_of(columns, column),
+          origin.p * s.in_stride + (k.halo ? lowest_offset(rows) : offset_of(rows, row)), origin.n};
+}
+
+template <class T, class Params>
+SM90_FN void produce(const Params& p, uint32_t base) {
+  using M = typename T::Memory;
+  Ring a, b;
+  const int jobs = jobs_of(p.schedule);
+  for (int job = hw::block(); job < jobs; job += hw::blocks()) {
+    const Job j = job_of(p.schedule, job);
+    for_each_chunk<T::row_taps>(p, j.parity, [&](const Chunk& k) {
+      const Source& s = *k.source;
+      const hw::Map* const map = k.is_short ? &p.a_short : &p.a;
+      const char* const filters = static_cast<const char*>(k.is_short ? p.w_short : p.w);
+      const int R = k.is_short ? 1 : p.R, S = k.is_short ? 1 : p.S,
+                bytes = fetched_rows(p.schedule.tile, k.halo) * kRowBytes;
+      for (int column = 0; column < k.columns; ++column) {
+        for (int row = 0; row < k.fetches; ++row) {
+          const Pixel at = fetch_origin(k, column, row, j.origin);
+          hw::barrier_wait(base + M::barrier(M::kAEmpty + a.index), a.phase ^ 1);
+          const uint32_t fetched = base + M::barrier((p.prologue ? M::kARaw : M::kAFull) + a.index);
+          hw::barrier_expect(fetched, bytes);
+          hw::load_box4(base + M::a(a.index), map, fetched, k.chunk * kChunk, at.q, at.p, at.n);
+          a = next(a, M::kAStages);
+          for (int i = 0; i < k.taps; ++i) {
+            const int64_t block =
+                packed_block(chunks_of(s.channels), R, S, j.k_block, k.chunk, tap_of(s.columns[k.parity & 1], column),
+                             tap_of(s.rows[k.parity >> 1], row + i));
+            hw::barrier_wait(base + M::barrier(M::kBEmpty + b.index), b.phase ^ 1);
+            const uint32_t filled = base + M::barrier(M::kBFull + b.index);
+            hw::barrier_expect(filled, M::kBBytes);
+            hw::load_bytes(base + M::b(b.index), filters + block * M::kBBytes, M::kBBytes, filled);
+            b = next(b, M::kBStages);
+          }
+        }
+      }
+    });
+  }
+}
+
+// act(x * scale + shift) of 8 channels of one pixel, in place; zero outside the image.
+template <class T>
+SM90_FN void transform_vector(const Source& s, uint32_t address, bool in, const float (&scale)[8],
+                              const float (&shift)[8]) {
+  hw::Vector v = hw::load_vector(address);
+  float value[8];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    value[2 * i] = hw::fused(hw::low_half<T::fp16>(v.word[i]), scale[2 * i], shift[2 * i]);
+    value[2 * i + 1] = hw::fused(hw::high_half<T::fp16>(v.word[i]), scale[2 * i + 1], shift[2 * i + 1]);
+  }
+  activate(value, s.act, s.slope);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) v.word[i] = in ? hw::pack<T::fp16>(value[2 * i], value[2 * i + 1]) : 0u;
+  hw::store_vector(address, v);
+}
+
+// The prologue. A thread keeps one group of 8 channels; channels past the last are zero and no product reads them.
+template <class T, class Params>
+SM90_FN void transform(const Params& p, uint32_t base) {
+  using M = typename T::Memory;
+  const int t = hw::thread() - (kWarpgroup - kTransformers), group = t % 8;
+  const PixelTile tile = p.schedule.tile;
+  Ring a;
+  const int jobs = jobs_of(p.schedule);
+  for (int job = hw::block(); job < jobs; job += hw::blocks()) {
+    const Job j = job_of(p.schedule, job);
+    for_each_chunk<T::row_taps>(p, j.parity, [&](const Chunk& k) {
+      const Source& s = *k.source;
+      const int channel = k.chunk * kChunk + group * 8;
+      const bool mine = s.scale && channel < s.channels;
+      float scale[8], shift[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        scale[i] = mine ? hw::from_global(s.scale + channel + i) : 0.f;
+        shift[i] = mine ? hw::from_global(s.shift + channel + i) : 0.f;
+      }
+      const int rows = mine ? fetched_rows(tile, k.halo) : 0;
+      for (int column = 0; column < k.columns; ++column) {
+        for (int row = 0; row < k.fetches; ++row) {
+          const Pixel at = fetch_origin(k, column, row, j.origin);
+          hw::barrier_wait(base + M::barrier(M::kARaw + a.index), a.phase);
+          for (int i = t / 8; i < rows; i += kTransformers / 8) {
+            const Pixel f = fetched_pixel(tile, k.halo, i, s.in_stride);
+            transform_vector<T>(s, base + M::a(a.index) + a_vector(i, group),
+                                inside({at.q + f.q, at.p + f.p, at.n + f.n}, s.extent), scale, shift);
+          }
+          hw::fence_async();
+          hw::barrier_arrive(base + M::barrier(M::kAFull + a.index));
+          a = next(a, M::kAStages);
+        }
+      }
+    });
+  }
+}
+
+// `steps` products of 16 channels for each 64-row block, as one batch.
+template <class T, int steps>
+SM90_FN void multiply(float (&acc)[T::blocks][T::block_k / 2], const uint64_t (&a)[T::blocks], uint64_t b) {
+#pragma unroll
+  for (int m = 0; m < T::blocks; ++m) hw::pin(acc[m]);
+  hw::wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < steps; ++k) {
+#pragma unroll
+    for (int m = 0; m < T::blocks; ++m) {
+      hw::wgmma<T::block_k, T::fp16, false>(acc[m], descriptor_plus(a[m], 32 * k), descriptor_plus(b, 32 * k));
+    }
+  }
+  hw::wgmma_commit();
+#pragma unroll
+  for (int m = 0; m < T::blocks; ++m) hw::pin(acc[m]);
+}
+
+// The batches of one chunk, at most two in flight. A buffer goes back when the batch after its last reader was issued.
+template <class T, int steps, class Params>
+SM90_FN void multiply_chunk(const Params& p, uint32_t base, int consumer, const Chunk& k,
+                            float (&acc)[T::blocks][T::block_k / 2], Ring& a, Ring& b) {
+  using M = typename T::Memory;
+  const bool elected = hw::thread() % kWarpgroup == 0;
+  const Axis rows = k.source->rows[k.parity >> 1];
+  // Buffers of the batch before the running one; -1: none. Not known to the compiler, which would peel a batch.
+  int a_done = hw::fresh(-1), b_done = hw::fresh(-1);
+  const auto release = [&] {
+    if (elected && b_done >= 0) hw::barrier_arrive(base + M::barrier(M::kBEmpty + b_done));
+    if (elected && a_done >= 0) hw::barrier_arrive(base + M::barrier(M::kAEmpty + a_done));
+  };
+  for (int fetch = 0; fetch < k.columns * k.fetches; ++fetch) {
+    hw::barrier_wait(base + M::barrier(M::kAFull + a.index), a.phase);
+    for (int i = 0; i < k.taps; ++i) {
+      hw::barrier_wait(base + M::barrier(M::kBFull + b.index), b.phase);
+      uint64_t start[T::blocks];
+#pragma unroll
+      for (int m = 0; m < T::blocks; ++m) {
+        start[m] = row_descriptor(
+            base + M::a(a.index) +
+            a_start(p.schedule.tile, k.halo, (consumer * T::blocks + m) * 64, k.halo ? shift_of(rows, i) : 0));
+      }
+      multiply<T, steps>(acc, start, row_descriptor(base + M::b(b.index)));
+      hw::wgmma_wait<1>();
+      release();
+      b_done = b.index;
+      a_done = i + 1 == k.taps ? a.index : -1;
+      b = next(b, M::kBStages);
+    }
+    a = next(a, M::kAStages);
+  }
+  hw::wgmma_wait<0>();
+#pragma unroll
+  for (int m = 0; m < T::blocks; ++m) hw::pin(acc[m]);
+  release();
+}
+
+template <class T, class Params>
+SM90_FN void consume(const Params& p, uint32_t base, int consumer) {
+  const bool elected = hw::thread() % kWarpgroup == 0;
+  Ring a, b;
+  Side side;
+  const int jobs = jobs_of(p.schedule);
+  for (int job = hw::block(); job < jobs; job += hw::blocks()) {
+    const Job j = job_of(p.schedule, job);
+    if (p.has_side && elected) request_side<T>(p, base, j, consumer, consumer * T::blocks);
+    float acc[T::blocks][T::block_k / 2];
+#pragma unroll
+    for (int i = 0; i < T::block_k / 2; ++i) {
+      const float first =
+          p.bias ? hw::from_global(p.bias + j.k_block * T::block_k + acc_column(hw::thread() % 32, i)) : 0.f;
+#pragma unroll
+      for (int m = 0; m < T::blocks; ++m) acc[m][i] = first;
+    }
+    for_each_chunk<T::row_taps>(p, j.parity, [&](const Chunk& k) {
+      // An instance for each length of a batch: ptxas serialises a conditional product.
+      const int steps = k16_steps(k.source->channels, k.chunk);
+      if (steps == 4) {
+        multiply_chunk<T, 4>(p, base, consumer, k, acc, a, b);
+      } else if (steps == 3) {
+        multiply_chunk<T, 3>(p, base, consumer, k, acc, a, b);
+      } else if (steps == 2) {
+        multiply_chunk<T, 2>(p, base, consumer, k, acc, a, b);
+      } else {
+        multiply_chunk<T, 1>(p, base, consumer, k, acc, a, b);
+      }
+    });
+    // The job is taken apart again rather than kept: registers are what the main loop is short of.
+    finish<T>(p, base, job_of(p.schedule, hw::fresh(job)), consumer, acc, side);
+  }
+  if (elected) hw::store_wait_read();
+}
+
+template <class T, class Params>
+SM90_FN void conv_body(const Params& p) {
+  using M = typename T::Memory;
+  const uint32_t base = hw::shared_base();
+  const int warp = hw::warp_uniform(hw::thread() / 32);
+  if (hw::thread() == 0) {
+    for (int i = 0; i < M::kAStages; ++i) {
+      hw::barrier_init(base + M::barrier(M::kAFull + i), p.prologue ? kTransformers : 1);
+      hw::barrier_init(base + M::barrier(M::kAEmpty + i), kConsumers);
+      hw::barrier_init(base + M::barrier(M::kARaw + i), 1);
+    }
+    for (int i = 0; i < M::kBStages; ++i) {
+      hw::barrier_init(base + M::barrier(M::kBFull + i), 1);
+      hw::barrier_init(base + M::barrier(M::kBEmpty + i), kConsumers);
+    }
+    for (int i = 0; i < kConsumers; ++i) hw::barrier_init(base + M::barrier(M::kSideFull + i), 1);
+    hw::barrier_init_fence();
+    hw::prefetch_map(&p.a);
+  }
+  hw::sync_block();
+  if (warp < kWarpgroup / 32) {
+    hw::registers_down<T::kProducerRegisters>();
+    if (warp == 0) {
+      if (hw::thread() == 0) produce<T>(p, base);
+    } else if (p.prologue) {
+      transform<T>(p, base);
+    }
+  } else {
+    hw::registers_up<T::kConsumerRegisters>();
+    consume<T>(p, base, warp / (kWarpgroup / 32) - 1);
+  }
+}
+
+}  // namespace sm90
+}  // namespace wrn_fast

@@ -1,0 +1,103 @@
+"""Packed filters of the cuda backend: the image that the kernels read, and when it is made again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from wrn_fast import packing
+from wrn_fast.kernels import cuda_launch
+from wrn_fast.problem import ConvProblem
+
+PLAIN = ConvProblem("cuda", torch.bfloat16, torch.bfloat16, 128, 32, 32, 160, 160, 3, 3, 1, (1, 1, 1, 1))
+
+
+def image_of(buffer, rows, columns, R, S, dtype):
+    """The packed image as [rows, columns, R, S], read by sm90.h's words; what lies past the columns."""
+    block = next(b for b in (160, 128, 96, 80, 64, 48, 32, 16) if rows % b == 0)
+    chunks = -(-columns // 64)
+    size = rows * chunks * 64 * R * S
+    v = buffer[: 2 * size].view(dtype).view(rows // block, chunks, S, R, block, 8, 8)
+    row = torch.arange(block)[:, None]
+    v = v[:, :, :, :, row, torch.arange(8)[None, :] ^ row % 8]
+    v = v.permute(0, 4, 1, 5, 6, 3, 2).reshape(rows, chunks * 64, R, S)
+    return v[:, :columns], v[:, columns:]
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=["KCRS", "KRSC"])
+@pytest.mark.parametrize("w_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("k, c, r, s", [(160, 80, 3, 3), (16, 3, 3, 3), (48, 64, 1, 1), (96, 130, 3, 1)])
+@pytest.mark.parametrize("transpose", [False, True], ids=["fprop", "dgrad"])
+def test_the_image_of_a_filter(recorder, k, c, r, s, transpose, w_dtype, memory):
+    w = torch.randn(k, c, r, s).to(w_dtype).contiguous(memory_format=memory)
+    buffer = cuda_launch._pack(recorder, PLAIN, w, transpose, 0)
+    rows, columns = (c, k) if transpose else (k, c)
+    padded = -(-rows // 16) * 16
+    image, rest = image_of(buffer, padded, columns, r, s, torch.bfloat16)
+    want = w.transpose(0, 1) if transpose else w
+    assert torch.equal(image[:rows], want.to(torch.bfloat16)) and not image[rows:].any() and not rest.any()
+
+
+def kept_pack(recorder, w):
+    """The pack that calls of the same filter now share."""
+    for _ in range(4):
+        buffer = cuda_launch._pack(recorder, PLAIN, w, False, 0)
+    assert cuda_launch._pack(recorder, PLAIN, w, False, 0).data_ptr() == buffer.data_ptr()
+    return buffer
+
+
+def test_an_unchanged_filter_is_not_packed_again(recorder):
+    w = torch.randn(32, 64, 3, 3)
+    buffer = kept_pack(recorder, w)
+    image = buffer[: 2 * w.numel()]
+    image.fill_(7)
+    cuda_launch._pack(recorder, PLAIN, w, False, 0)
+    assert (image == 7).all()
+
+
+@pytest.mark.parametrize("scale", [1.0001, float("nan"), -1.0])
+def test_a_write_that_no_version_shows_is_seen_on_the_device(recorder, scale):
+    """As a fused optimizer writes: too little, perhaps, to move a sample's bfloat16."""
+    w = torch.randn(96, 128, 3, 3)
+    buffer = kept_pack(recorder, w)
+    version = w._version
+    w.data.mul_(scale)
+    assert w._version == version
+    again = cuda_launch._pack(recorder, PLAIN, w, False, 0)
+    assert again.data_ptr() == buffer.data_ptr()
+    image, _ = image_of(again, 96, 128, 3, 3, torch.bfloat16)
+    assert torch.equal(image.nan_to_num(7), w.to(torch.bfloat16).nan_to_num(7))
+
+
+def test_a_filter_whose_version_moved_gets_memory_of_its_own(recorder):
+    w = torch.randn(32, 64, 3, 3)
+    buffer = kept_pack(recorder, w)
+    w.mul_(2)
+    again = cuda_launch._pack(recorder, PLAIN, w, False, 0)
+    assert again.data_ptr() != buffer.data_ptr()
+    assert torch.equal(image_of(again, 32, 64, 3, 3, torch.bfloat16)[0], w.to(torch.bfloat16))
+
+
+def test_every_stream_has_a_pack_of_its_own(recorder):
+    w = torch.randn(32, 64, 3, 3)
+    first = kept_pack(recorder, w)
+    others = [cuda_launch._pack(recorder, PLAIN, w, False, 1) for _ in range(4)]
+    assert all(other.data_ptr() != first.data_ptr() for other in others)
+    assert {kwargs["stream"] for _, kwargs in recorder.calls} == {0, 1}
+
+
+def test_a_new_filter_is_packed_whole(recorder):
+    """Each call before a pack is kept makes everything, whatever the memory held."""
+    w = torch.randn(32, 64, 3, 3)
+    for _ in range(3):
+        cuda_launch._pack(recorder, PLAIN, w, False, 0)
+    assert all(kwargs["all"] for name, kwargs in recorder.calls[:2])
+    assert [row.shape for row in packing.report()] == [(32, 64, 3, 3)]
+
+
+def test_no_cache_where_it_is_switched_off(recorder, monkeypatch):
+    monkeypatch.setenv("WRN_FAST_PACK_CACHE", "0")
+    w = torch.randn(32, 64, 3, 3)
+    for _ in range(4):
+        cuda_launch._pack(recorder, PLAIN, w, False, 0)
+    assert not packing.report() and all(kwargs["all"] for _, kwargs in recorder.calls)

@@ -1,0 +1,104 @@
+// Whole kernels on the machine, for ctypes: the launchers' plans, with this tool in the place of the driver.
+#include <cstdio>
+#include <cstring>
+
+#include "sm90_conv.cuh"
+
+namespace {
+
+using namespace wrn_fast;
+using namespace wrn_fast::sm90;
+
+using Kernel = void (*)(const ConvParams<MapSpec>&);
+
+template <bool dgrad, int block_k, int blocks, int row_taps>
+Kernel kernel_of(DType dtype) {
+  return dtype == DType::f16 ? conv_body<ConvTraits<dgrad, block_k, blocks, row_taps, true>, ConvParams<MapSpec>>
+                             : conv_body<ConvTraits<dgrad, block_k, blocks, row_taps, false>, ConvParams<MapSpec>>;
+}
+
+template <bool dgrad>
+Kernel choose(int block_k, Sm90Tile tile, DType dtype) {
+#define CASE(k, t, blocks, taps) \
+  if (block_k == k && tile == Sm90Tile::t) return kernel_of<dgrad, k, blocks, taps>(dtype);
+#ifdef HOST_RUN_ONLY_32
+  CASE(32, fetch9, 1, 1)
+  CASE(64, shift3, 2, 3)
+#else
+  SM90_FETCH9(CASE)
+  SM90_SHIFT3(CASE)
+#endif
+#undef CASE
+  return nullptr;
+}
+
+int report(const std::string& error, char* message, int size) {
+  std::snprintf(message, size, "%s", error.c_str());
+  return !error.empty();
+}
+
+int run(host::Machine& m, Kernel kernel, const ConvParams<MapSpec>& p, int blocks, char* message, int size) {
+  if (!kernel) return report("no such kernel", message, size);
+  return report(m.run(blocks, [&] { kernel(p); }), message, size);
+}
+
+int64_t pixels(const ConvShape& s) {
+  return s.N * s.P * s.Q;
+}
+
+}  // namespace
+
+extern "C" {
+
+int host_fprop(const Sm90Fprop* f, uint64_t seed, int blocks, char* message, int size) {
+  host::Machine m(seed);
+  const ConvShape& s = f->shape;
+  m.allow(f->x, s.N * s.H * s.W * s.C * 2);
+  m.allow(f->x_short, s.N * f->short_H * f->short_W * f->short_C * 2);
+  m.allow(f->w, packed_bytes(s.K, s.C, s.R, s.S));
+  m.allow(f->w_short, packed_bytes(s.K, f->short_C, 1, 1));
+  for (const void* v : {f->residual, static_cast<const void*>(f->y), static_cast<const void*>(f->y_act)}) {
+    m.allow(v, pixels(s) * s.K * 2);
+  }
+  return run(m, choose<false>(block_k_of(s.K), f->tile, f->dtype), fprop_params(*f), blocks, message, size);
+}
+
+int host_dgrad(const Sm90Dgrad* d, uint64_t seed, int blocks, char* message, int size) {
+  host::Machine m(seed);
+  const ConvShape& s = d->shape;
+  m.allow(d->dy, pixels(s) * s.K * 2);
+  m.allow(d->w, packed_bytes(s.C, s.K, s.R, s.S));
+  m.allow(d->x, s.N * s.H * s.W * s.C * 2);
+  m.allow(d->g, s.N * s.H * s.W * s.C * 2);
+  return run(m, choose<true>(block_k_of(s.C), d->tile, d->dtype), dgrad_params(*d), blocks, message, size);
+}
+
+int64_t host_parts(const ConvShape* s, int dgrad, int tile) {
+  return parts_of(*s, dgrad, static_cast<Sm90Tile>(tile));
+}
+
+const char* host_refuses(const char* op, const ConvShape* s, int dtype, int tile) {
+  return refuses(op, *s, static_cast<DType>(dtype), static_cast<Sm90Tile>(tile));
+}
+
+// w [K,R,S,C] (transpose: [C,R,S,K]) of 16-bit numbers to the packed image.
+void host_pack(const uint16_t* w, int64_t K, int64_t C, int R, int S, int transpose, uint16_t* out) {
+  std::memset(out, 0, packed_bytes(K, C, R, S));
+  for (int64_t k = 0; k < K; ++k) {
+    for (int r = 0; r < R; ++r) {
+      for (int s = 0; s < S; ++s) {
+        for (int64_t c = 0; c < C; ++c) {
+          const int64_t from = transpose ? ((c * R + r) * S + s) * K + k : ((k * R + r) * S + s) * C + c;
+          out[packed_offset(K, C, R, S, k, r, s, c) / 2] = w[from];
+        }
+      }
+    }
+  }
+}
+int64_t host_packed_bytes(int64_t K, int64_t C, int R, int S) {
+  return packed_bytes(K, C, R, S);
+}
+int host_sizes(int which) {
+  return which == 0 ? sizeof(Sm90Fprop) : which == 1 ? sizeof(Sm90Dgrad) : sizeof(ConvShape);
+}
+}

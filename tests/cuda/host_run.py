@@ -1,0 +1,133 @@
+"""Builds the host-run tool (machine.h) and calls whole Hopper kernels on the CPU, on tensors of this process."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[1] / "csrc" / "cuda"
+ACTS = ("identity", "relu", "silu", "leaky_relu")
+TILES = ("fetch9", "shift3")
+DTYPES = {torch.bfloat16: 1, torch.float16: 2}
+
+
+class ConvShape(Structure):
+    _fields_ = [(name, c_int64) for name in "NHWCKPQ"] + [
+        (name, c_int32) for name in ("R", "S", "stride", "pad_left", "pad_right", "pad_top", "pad_bottom")
+    ]
+
+
+class Prologue(Structure):
+    _fields_ = [("scale", c_void_p), ("shift", c_void_p), ("act", c_int32), ("slope", c_float)]
+
+
+class Fprop(Structure):
+    _fields_ = [
+        ("shape", ConvShape), ("dtype", c_int32), ("tile", c_int32), ("x", c_void_p), ("prologue", Prologue),
+        ("w", c_void_p), ("x_short", c_void_p), ("short_H", c_int64), ("short_W", c_int64), ("short_C", c_int64),
+        ("short_stride", c_int32), ("short_prologue", Prologue), ("w_short", c_void_p), ("bias", c_void_p),
+        ("residual", c_void_p), ("y", c_void_p), ("y_act", c_void_p), ("act_out", c_int32), ("slope_out", c_float),
+        ("out_scale", c_void_p), ("out_shift", c_void_p), ("counts", c_void_p), ("moments", c_void_p),
+    ]  # fmt: skip
+
+
+class Dgrad(Structure):
+    _fields_ = [
+        ("shape", ConvShape), ("dtype", c_int32), ("tile", c_int32), ("dy", c_void_p), ("w", c_void_p),
+        ("x", c_void_p), ("prologue", Prologue), ("mean", c_void_p), ("rstd", c_void_p), ("g", c_void_p),
+        ("sums", c_void_p),
+    ]  # fmt: skip
+
+
+def compiler() -> str:
+    found = next((name for name in ("g++", "clang++") if shutil.which(name)), None)
+    if found is None:
+        pytest.skip("needs a C++ compiler")
+    return found
+
+
+def cuda_headers() -> str:
+    """The folder of cuda_runtime_api.h: the launchers' API names a stream."""
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", nvcc and Path(nvcc).resolve()]
+    for home in filter(None, homes):
+        for folder in (Path(home) / "include", Path(home).parents[1] / "include"):
+            if (folder / "cuda_runtime_api.h").exists():
+                return str(folder)
+    pytest.skip("needs the CUDA headers")
+
+
+def build(folder: Path, *, csrc: Path = CSRC, flags: tuple[str, ...] = ()) -> Tool:
+    """The tool with the kernels of `csrc`; a broken copy of them is built the same way."""
+    common = [
+        compiler(), "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC",
+        "-ffp-contract=off", f"-I{csrc}", f"-I{HERE}", f"-I{cuda_headers()}", *flags,
+    ]  # fmt: skip
+
+    def compile_one(job: tuple[str, str]) -> str:
+        source, level = job
+        out = str(folder / f"{source}.o")
+        result = subprocess.run([*common, level, "-c", str(HERE / source), "-o", out], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-4000:]
+        return out
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        jobs = [("host_run.cpp", "-O1"), ("machine.cpp", "-O3"), ("asynchronous.cpp", "-O3")]
+        objects = list(pool.map(compile_one, jobs))
+    library = str(folder / "host_run.so")
+    subprocess.run([common[0], "-shared", *objects, "-o", library], check=True)
+    return Tool(library)
+
+
+def pointer(v: Tensor | None) -> int | None:
+    return None if v is None else v.data_ptr()
+
+
+class Tool:
+    """The built tool. Tensors are dense and in memory order: activations NHWC, filters KRSC."""
+
+    def __init__(self, library: str) -> None:
+        self.lib = ctypes.CDLL(library)
+        self.lib.host_packed_bytes.restype = self.lib.host_parts.restype = c_int64
+        self.lib.host_packed_bytes.argtypes = [c_int64, c_int64, c_int, c_int]
+        self.lib.host_parts.argtypes = [POINTER(ConvShape), c_int, c_int]
+        self.lib.host_refuses.restype = c_char_p
+        self.lib.host_refuses.argtypes = [c_char_p, POINTER(ConvShape), c_int, c_int]
+        self.lib.host_pack.argtypes = [c_void_p, c_int64, c_int64, c_int, c_int, c_int, c_void_p]
+        for name in ("host_fprop", "host_dgrad"):
+            getattr(self.lib, name).argtypes = [c_void_p, c_uint64, c_int, c_char_p, c_int]
+        sizes = [self.lib.host_sizes(i) for i in range(3)]
+        assert sizes == [ctypes.sizeof(t) for t in (Fprop, Dgrad, ConvShape)], "sm90.h has other structures than this"
+
+    def pack(self, w: Tensor, transpose: bool = False) -> Tensor:
+        """The packed image of w [K,R,S,C]; `transpose` for dgrad: the rows are C then."""
+        K, R, S, C = w.shape
+        if transpose:
+            K, C = C, K
+        out = torch.empty(self.lib.host_packed_bytes(K, C, R, S) // 2 + 8, dtype=w.dtype)
+        out = out[(-out.data_ptr() // 2) % 8 :][: self.lib.host_packed_bytes(K, C, R, S) // 2]
+        self.lib.host_pack(w.contiguous().data_ptr(), K, C, R, S, transpose, out.data_ptr())
+        return out
+
+    def parts(self, shape: ConvShape, dgrad: bool, tile: str) -> int:
+        return self.lib.host_parts(byref(shape), dgrad, TILES.index(tile))
+
+    def refuses(self, op: str, shape: ConvShape, dtype: torch.dtype, tile: str) -> str | None:
+        reason = self.lib.host_refuses(op.encode(), byref(shape), DTYPES[dtype], TILES.index(tile))
+        return None if reason is None else reason.decode()
+
+    def run(self, op: str, args: Structure, seed: int, blocks: int) -> str:
+        """What went wrong, or an empty string."""
+        message = ctypes.create_string_buffer(1000)
+        getattr(self.lib, f"host_{op}")(byref(args), seed, blocks, message, len(message))
+        return message.value.decode()

@@ -1,0 +1,270 @@
+"""Adapter to the CUDA extension `_cuda`: convolutions for Hopper (compute capability 9.0), the passes that are bound by
+memory for 7.5 and later.
+
+Every call queues its kernels on torch's current stream of x's device, takes scratch from torch's allocator, reads
+nothing back, and so may be captured on its first call. A float32 filter is cast while it is packed. A pack is kept
+per stream while the filter's object, pointer and version stay what they were; then its kernel compares samples of each
+tile on the device, because fused optimizers change a filter without its version. Inside a capture every call packs.
+
+Numerics: products of 16-bit operands, sums in float32, one rounding at the store; bn(x) = x * scale + shift in float32,
+rounded once where it enters the product. Dropout is a pass of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wrn_fast import tuned
+from wrn_fast._build import missing_extension_reason
+from wrn_fast.kernels import cuda_check, cuda_launch
+from wrn_fast.kernels.cuda_launch import CODES, STEP, Tile
+from wrn_fast.problem import ConvProblem
+
+NAME = "cuda"
+
+_TENSORS = {"fprop": 15, "dgrad": 7, "wgrad": 6}  # arguments of the convolutions
+_KERNEL_OF = {"input_grad": "dgrad"}
+_HALVES = (torch.bfloat16, torch.float16)
+_HOPPER, _OLDEST = (9, 0), (7, 5)
+_ROWS = {128: 0, 256: 1}  # pixels of a tile, by which tuned rows name its kind
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    """(the extension, None), or (None, the reason why it cannot be used)."""
+    try:
+        from wrn_fast import _cuda  # type: ignore[attr-defined]
+    except ImportError as error:
+        if "cannot import name" in str(error):
+            return None, missing_extension_reason("_cuda")
+        return None, f"extension _cuda cannot be loaded: {error}"
+    return _cuda, None
+
+
+def missing() -> str | None:
+    """Why the extension cannot be used, or None (`wrn-fast info`)."""
+    return _load()[1]
+
+
+def extension() -> Any:
+    """The extension.
+
+    Raises:
+        RuntimeError: it is not there; the message says why.
+    """
+    found, reason = _load()
+    if found is None:
+        raise RuntimeError(reason)
+    return found
+
+
+@functools.cache
+def _refused_gpu(convolution: bool) -> str | None:
+    """The problem does not say which of several GPUs it is on, so all visible ones must do."""
+    if torch.version.hip:
+        return "is for NVIDIA's GPUs"
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        where = f"cuda:{index} ({torch.cuda.get_device_name(index)}) has {capability[0]}.{capability[1]}"
+        if convolution and capability != _HOPPER:
+            return f"has convolutions for compute capability 9.0 (Hopper), {where}"
+        if capability < _OLDEST:
+            return f"needs compute capability 7.5, {where}"
+    return None
+
+
+def unsupported(op: str, problem: ConvProblem) -> str | None:
+    """A sentence that says why the problem cannot run here, or None."""
+    found, reason = _load()
+    if found is None:
+        return reason
+    if problem.device != found.DEVICE:
+        return f"needs a {found.DEVICE} tensor, got one on {problem.device}"
+    op = _KERNEL_OF.get(op, op)
+    convolution = op in _TENSORS
+    refused = _refused_gpu(convolution) if problem.device == "cuda" else None
+    if refused:
+        return refused
+    if not convolution:
+        return None if problem.dtype in CODES else f"serves float16, bfloat16, float32, float64, got {problem.dtype}"
+    return _refused_convolution(op, problem) or _failed_check(op, problem)
+
+
+def _refused_convolution(op: str, problem: ConvProblem) -> str | None:
+    if problem.dtype not in _HALVES:
+        return f"has convolutions in bfloat16 and float16, got {problem.dtype}"
+    if problem.w_dtype not in (problem.dtype, torch.float32):
+        return f"needs filters in float32 or {problem.dtype}, got {problem.w_dtype}"
+    if problem.K % STEP:
+        return f"needs K to be a multiple of {STEP}, got {problem.K}"
+    source = problem.prologue or problem.act != "identity" or (problem.p > 0 and problem.drop_at == "prologue")
+    if problem.C % STEP and source:
+        return f"needs C to be a multiple of {STEP} where BatchNorm, activation or dropout precede, got {problem.C}"
+    if op == "fprop":
+        if problem.short_C % STEP:
+            return f"needs a multiple of {STEP} channels in the shortcut, got {problem.short_C}"
+        if problem.short_C and problem.short_stride > 2:
+            return f"needs a shortcut of stride 1 or 2, got {problem.short_stride}"
+        if problem.drop_at == "output" and problem.p > 0 and problem.act_out != "none":
+            return "has no second output of a dropped first one"
+    refused = extension().refuses(op, cuda_launch.shape_of(extension(), problem), CODES[problem.dtype], 0)
+    return None if refused is None else str(refused)
+
+
+def _failed_check(op: str, problem: ConvProblem) -> str | None:
+    """Integers through the kernel that would serve `problem`. Not inside a capture, where nothing may be read back."""
+    if problem.device != "cuda" or torch.cuda.is_current_stream_capturing():
+        return None
+    device = torch.device("cuda", torch.cuda.current_device())
+    return refused_tile(op, problem, config(op, problem, device.index), device)
+
+
+def refused_tile(op: str, problem: ConvProblem, tile: Tile, device: torch.device) -> str | None:
+    """What the self-check says against `tile`, run once and remembered in a file, or None."""
+
+    def run(small: ConvProblem, *tensors: Tensor | None) -> Tensor:
+        out = launch(op, small, tile, *tensors, *[None] * (_TENSORS[op] - len(tensors)))
+        return out if op == "wgrad" else out[0]
+
+    return cuda_check.reason(op, problem, tuple(tile), extension().__file__, device, run)
+
+
+# Choice of a tile.
+
+
+@functools.lru_cache(maxsize=1024)
+def config(op: str, problem: ConvProblem, index: int | None) -> Tile:
+    """The tile for `problem` on GPU `index` (None: none): the tuned row, else fetch a filter column at once if it can.
+
+    Raises:
+        RuntimeError: the extension is not there.
+    """
+    row = None if index is None else _row(op, problem, index)
+    tiles = [*([Tile(_ROWS[row["rows"]], row["apply"])] if row else []), Tile(1), Tile(0)]
+    return next(tile for tile in tiles if legal(op, problem, tile))
+
+
+def legal(op: str, problem: ConvProblem, tile: Tile) -> bool:
+    """Does the kernel of this tile serve the problem?"""
+    if op == "wgrad":
+        return tile == Tile(0)
+    return extension().refuses(op, cuda_launch.shape_of(extension(), problem), CODES[problem.dtype], tile.kind) is None
+
+
+def _row(op: str, problem: ConvProblem, index: int) -> dict[str, Any] | None:
+    row = tuned.lookup(NAME, op, problem, torch.cuda.get_device_name(index), "sm_90")
+    return row if row and row["rows"] in _ROWS else None
+
+
+def faster(op: str, problem: ConvProblem) -> bool:
+    """Did `wrn-fast tune` find these kernels faster than every other's on this GPU? Only then is a row written."""
+    op = _KERNEL_OF.get(op, op)
+    if problem.device != "cuda" or op not in _TENSORS or _load()[0] is None:
+        return False
+    return _row(op, problem, torch.cuda.current_device()) is not None
+
+
+def forget() -> None:
+    """Read tuned rows again at the next call."""
+    tuned.table.cache_clear()
+    config.cache_clear()
+
+
+# The primitives.
+
+
+def launch(op: str, problem: ConvProblem, tile: Tile | None, *tensors: Any) -> Any:
+    """Runs a convolution with the given tile (None: the chosen one)."""
+    if op == "wgrad":
+        return cuda_launch.wgrad(extension(), problem, *tensors)
+    device = tensors[0].device
+    tile = tile or config(_KERNEL_OF.get(op, op), problem, device.index if device.type == "cuda" else None)
+    return getattr(cuda_launch, op)(extension(), problem, tile, *tensors)
+
+
+def fprop(
+    problem: ConvProblem,
+    x: Tensor,
+    w: Tensor,
+    stats: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    x_short: Tensor | None,
+    w_short: Tensor | None,
+    stats_short: Tensor | None,
+    gamma_short: Tensor | None,
+    beta_short: Tensor | None,
+    rng: Tensor | None,
+    out_scale: Tensor | None,
+    out_shift: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y [N,K,P,Q], stats_y [2,K], y_act [N,K,P,Q]); an absent output has 0 elements."""
+    return launch(
+        "fprop", problem, None, x, w, stats, gamma, beta, bias, residual, x_short, w_short, stats_short, gamma_short,
+        beta_short, rng, out_scale, out_shift,
+    )  # fmt: skip
+
+
+def dgrad(
+    problem: ConvProblem,
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    stats: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    rng: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(g [N,C,H,W], sums_g [2,C]): the gradient before the activation, and the sums of g and g*xhat."""
+    return launch("dgrad", problem, None, dy, x, w, stats, gamma, beta, rng)
+
+
+def wgrad(
+    problem: ConvProblem,
+    dy: Tensor,
+    x: Tensor,
+    stats: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    rng: Tensor | None,
+) -> Tensor:
+    """dw [K,C,R,S]: the activation is made again from x."""
+    return launch("wgrad", problem, None, dy, x, stats, gamma, beta, rng)
+
+
+def act_mask(
+    problem: ConvProblem, x: Tensor, stats: Tensor | None, gamma: Tensor | None, beta: Tensor | None
+) -> Tensor:
+    """uint8 [N,H,W,ceil(C/8)]: one bit an element, set where act'(bn(x)) is 1."""
+    return cuda_launch.act_mask(extension(), problem, x, stats, gamma, beta)
+
+
+def input_grad(
+    problem: ConvProblem, dy: Tensor, w: Tensor, mask: Tensor | None, scale: Tensor | None, rng: Tensor | None
+) -> Tensor:
+    """dx [N,C,H,W] = scale * act' * dropout'(dgrad(dy, w)), where only x wants a gradient and BatchNorm is in eval."""
+    return launch("input_grad", problem, None, dy, w, mask, scale, rng)
+
+
+def bn_bwd_apply(
+    problem: ConvProblem, g: Tensor, x: Tensor, stats: Tensor, gamma: Tensor | None, sums_g: Tensor | None
+) -> Tensor:
+    """dx [N,C,H,W] from the gradient before the activation: BatchNorm's own backward, in one pass."""
+    return cuda_launch.bn_bwd_apply(extension(), problem, g, x, stats, gamma, sums_g)
+
+
+def channel_stats(problem: ConvProblem, x: Tensor) -> Tensor:
+    """[2, C]: mean and biased variance of x, read once."""
+    return cuda_launch.channel_stats(extension(), problem, x)
+
+
+def dropout(problem: ConvProblem, x: Tensor, rng: Tensor) -> Tensor:
+    """x * mask / (1 - p)."""
+    return cuda_launch.dropout(extension(), problem, x, rng)

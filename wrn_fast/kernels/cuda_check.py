@@ -1,0 +1,92 @@
+"""Does a kernel of the extension `_cuda` compute right on this GPU? Asked once per kernel, GPU and build.
+
+The kernels were proved on the CPU, in a model of the hardware. Before they serve anyone on a GPU they give small
+integers, whose exact result has one rounding at most, bit for bit. `selfcheck` has the integers and the exact result.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wrn_fast import cache
+from wrn_fast.kernels import selfcheck
+from wrn_fast.kernels.configs import TileConfig
+from wrn_fast.problem import ConvProblem
+
+_OK = "ok"
+_seen: dict[str, str | None] = {}
+
+# Runs the operator on (the small problem, its tensors in the backend's order).
+Run = Callable[..., Tensor]
+
+
+def reason(op: str, problem: ConvProblem, tile: tuple, library: str, device: torch.device, run: Run) -> str | None:
+    """Why the kernel of `op` with this tile must not be used on `device`, or None.
+
+    Args:
+        op: fprop, dgrad or wgrad.
+        problem: what is to be served; the check is made once for all problems with its dtype, filter and prologue.
+        tile: what else distinguishes the kernel.
+        library: the file of the extension.
+        device: a GPU.
+        run: the operator.
+    """
+    source = problem.prologue or problem.act != "identity"
+    dtype = str(problem.dtype).removeprefix("torch.")
+    filters = f"{problem.C}-{problem.K} {problem.R}x{problem.S}/{problem.stride}"
+    name = f"{op} {dtype} {filters} {'act' if source else 'plain'} {tile}"
+    key = f"{device} {name}"
+    if key not in _seen:
+        known = _remembered(library, device)
+        _seen[key] = None if known.get(name) == _OK else check(op, problem, device, run)
+        if _seen[key] is None and name not in known:
+            _remember(library, device, name)
+    return _seen[key]
+
+
+def check(op: str, problem: ConvProblem, device: torch.device, run: Run) -> str | None:
+    """Run `op` on integers. A sentence that says what was wrong, or None."""
+    # The columns of the kernel that would serve, two chunks of the reduction of fprop.
+    channels = -(-problem.C // 16) * 16
+    columns = channels if op == "dgrad" else problem.K
+    small, tensors = selfcheck.integers(op, problem, TileConfig(channels, 64, (columns, 0), 8, 1))
+    want = selfcheck.exact(op, small, tensors)
+    names = {"fprop": ("x", "w"), "dgrad": ("dy", "x", "w"), "wgrad": ("dy", "x")}[op]
+    given = [tensors[name] for name in (*names, "stats", "gamma", "beta")]
+    try:
+        got = run(small, *(None if v is None else v.to(device) for v in given)).cpu()
+    except RuntimeError as error:
+        return f"its kernel fails on this GPU: {error}"
+    wrong = int((got != want.to(got.dtype)).sum())
+    return f"{op} gives {wrong} of {got.numel()} integers wrong on this GPU" if wrong else None
+
+
+@functools.cache
+def _file_name(library: str, device: torch.device) -> str:
+    """Of the GPU, the versions and the library itself, so that a change of any asks again."""
+    binary = hashlib.sha256(Path(library).read_bytes()).hexdigest()
+    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    versions = (torch.cuda.get_device_name(device), str(driver), torch.__version__, binary)
+    return "cuda-" + hashlib.sha256("\n".join(versions).encode()).hexdigest()[:32] + ".json"
+
+
+def _remembered(library: str, device: torch.device) -> dict[str, str]:
+    """The kernels that passed before; a file of another form counts as none."""
+    folder = cache.folder("selfcheck")
+    found = cache.read(folder / _file_name(library, device)) if folder else None
+    if not isinstance(found, dict) or not all(v == _OK for v in found.values()):
+        return {}
+    return found
+
+
+def _remember(library: str, device: torch.device, name: str) -> None:
+    """Adds what passed. A failure is never kept: it is looked at again in each process."""
+    folder = cache.folder("selfcheck", create=True)
+    if folder is not None:
+        cache.write(folder / _file_name(library, device), {**_remembered(library, device), name: _OK})
