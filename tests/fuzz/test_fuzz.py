@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore::wrn_fast.FallbackWarning")]
 # A run; in chunks, so that several processes share them.
 COUNTS = {"aten": 2000, "cpu": 4000}
 CHUNKS = 10
-DTYPES = {"aten": list(cases.DTYPES), "cpu": ["float32", "float32", "bfloat16"]}
+DTYPES = {"aten": ["float32", *cases.DTYPES], "cpu": ["float32", "float32", "bfloat16"]}
 AROUND = [8 * i + d for i in range(1, 6) for d in (-1, 0, 1)]
 # A few large ones: most faults of tails need no more than a tile and one.
 CHANNELS = st.one_of(st.integers(1, 24), st.sampled_from([*AROUND, 16, 32, 64, 72]))
