@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import random
 import sys
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.table import Table
@@ -34,17 +35,21 @@ def main(argv: list[str] | None = None) -> int:
         chosen = sorted(random.Random(options.seed).sample(chosen, min(options.count, len(chosen))))
     console = Console()
     console.print(f"{len(chosen)} faults, --seed {options.seed}")
-    outcomes = plant(chosen, options.seed, console)
+    outcomes = []
+    for outcome in plant(chosen, options.seed, console):
+        outcomes.append(outcome)
+        line = f"{outcome.state:12} {outcome.seconds:5.1f} s  {outcome.cell}: {outcome.by}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        if options.write:
+            table.write(outcome)
     console.print(summary(outcomes))
     if options.write:
-        table.write(outcomes)
         table.render()
     return 0 if all(outcome.ok for outcome in outcomes) else 1
 
 
-def plant(chosen: list[Cell], seed: int, console: Console) -> list[Outcome]:
+def plant(chosen: list[Cell], seed: int, console: Console) -> Iterator[Outcome]:
     """Each in turn, in one copy of the checkout."""
-    outcomes = []
     with Copy() as copy:
         if any(cell.backend in ("cpu", SHARED) for cell in chosen):
             try:
@@ -53,11 +58,7 @@ def plant(chosen: list[Cell], seed: int, console: Console) -> list[Outcome]:
                 console.print(f"cpu left out: {reason}")
                 chosen = [cell for cell in chosen if cell.backend != "cpu"]
         for cell in chosen:
-            outcome = copy.plant(cell, seed)
-            outcomes.append(outcome)
-            line = f"{outcome.state:12} {outcome.seconds:5.1f} s  {cell}: {outcome.by}"
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-    return outcomes
+            yield copy.plant(cell, seed)
 
 
 def summary(outcomes: list[Outcome]) -> Table:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from faults.catalogue import BACKENDS, GROUPS, NAMES, SHARED, Cell, entry
+from faults import shared
+from faults.catalogue import BACKENDS, GROUPS, NAMES, SHARED, entry
 from faults.native import ROOT
 from faults.patch import Absent
 from faults.plant import Outcome
@@ -36,8 +36,8 @@ def load() -> dict[str, Any]:
     return json.loads(DATA.read_text(encoding="utf-8")) if DATA.exists() else {"cells": {}}
 
 
-def write(outcomes: Sequence[Outcome]) -> None:
-    """Puts these outcomes into docs/faults.json; cells that did not run stay."""
+def write(outcome: Outcome) -> None:
+    """Puts an outcome into docs/faults.json; the other cells stay."""
     data = load()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     data |= {
@@ -46,10 +46,9 @@ def write(outcomes: Sequence[Outcome]) -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    for outcome in outcomes:
-        data["cells"][f"{outcome.cell.fault} {outcome.cell.backend}"] = {
-            "state": outcome.state, "by": outcome.by, "seconds": round(outcome.seconds, 1)
-        }  # fmt: skip
+    data["cells"][f"{outcome.cell.fault} {outcome.cell.backend}"] = {
+        "state": outcome.state, "by": outcome.by, "seconds": round(outcome.seconds, 1)
+    }  # fmt: skip
     DATA.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -60,19 +59,12 @@ def text_of(found: dict[str, Any], fault: int, backend: str) -> str:
     if result is not None:
         name = result["by"].split("::")[-1].replace("|", "\\|")
         return f"{result['state']}: `{name}`" if "::" in result["by"] else f"{result['state']}: {result['by']}"
-    planted = entry(fault, BACKENDS[0])
     if backend == "all":
-        return ""
-    if fault in _shared():
+        return "not run" if fault in shared.PATCHES else ""
+    if fault in shared.PATCHES:
         return "see all"
     planted = entry(fault, backend)
     return f"{planted.state}: {planted.reason}" if isinstance(planted, Absent) else "not run"
-
-
-def _shared() -> set[int]:
-    from faults import shared
-
-    return set(shared.PATCHES)
 
 
 def render() -> None:
@@ -96,6 +88,3 @@ def render() -> None:
         page[-1] += "\n"
     page.append(f"Python {data.get('python')}, torch {data.get('torch')}, commit {data.get('commit')}.")
     PAGE.write_text("\n".join(page) + "\n", encoding="utf-8")
-
-
-__all__ = ["Cell", "load", "render", "write"]
