@@ -2,7 +2,7 @@
 
 Both start from the same weights and see the same batches; in float32 and under bfloat16 autocast, without and with
 dropout (whose masks differ: they come from another generator). What is asked: does the drop-in's mean test accuracy lie
-within the spread of the reference's seeds? Writes docs/convergence.json and docs/convergence.png.
+within the spread of the reference's seeds? Writes convergence.json and convergence.png into docs.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ INTEGERS_WGRAD = Check(EXACT, "integers_are_exact and aten-wgrad and direct")
 ROUNDING = Check(PRIMITIVES, "test_parity and aten-fprop-anything and float32")
 MASKS = Check(PRIMITIVES, "test_parity and aten-dgrad-dropout")
 SHORT = Check(PRIMITIVES, "test_parity and aten-fprop-activated and float64")
+CHANNELS = Check(PRIMITIVES, "channel_stats and aten")
 STATISTICS = Check(PRIMITIVES, "statistics and aten")
 BATCH_NORM = Check(PRIMITIVES, "bn_bwd_apply and aten")
 
@@ -91,7 +92,7 @@ PATCHES: dict[int, Patch | Absent] = {
         "    return moments(x.to(problem.stats_dtype))",
         "    last = channel_stats.__dict__\n    now = moments(x.to(problem.stats_dtype))\n"
         "    before = last.get(problem.C, now)\n    last[problem.C] = now\n    return before",
-        STATISTICS,
+        CHANNELS,
     ),
     30: planted(STATS_Y, "stats_y = moments(out.to(problem.stats_dtype) - (0 if residual is None else residual)) if",
               STATISTICS),

@@ -11,6 +11,7 @@ GEMM = Check(PRIMITIVES, "test_parity and cpu-fprop-anything and float32 and dir
 INTEGERS_DGRAD = Check(EXACT, "integers_are_exact and cpu-dgrad and direct")
 INTEGERS_WGRAD = Check(EXACT, "integers_are_exact and cpu-wgrad")
 SHORT = Check(PRIMITIVES, "test_parity and cpu-fprop-activated")
+CHANNELS = Check(PRIMITIVES, "channel_stats and cpu")
 STATISTICS = Check(PRIMITIVES, "statistics and cpu")
 BATCH_NORM = Check(PRIMITIVES, "bn_bwd_apply and cpu")
 MASKS = Check(PRIMITIVES, "test_parity and cpu-dgrad-dropout")
@@ -100,7 +101,7 @@ PATCHES: dict[int, Patch | Absent] = {
               "const double n = static_cast<double>(e.counts[0]);", STATISTICS),
     29: Patch("wrn_fast/backends/cpu.py",
               "channel_stats(threads(x.numel()), _ptr(x), _ptr(stats))\n    return stats\n",
-              "channel_stats(threads(x.numel()), _ptr(x), _ptr(stats))" + PREVIOUS, STATISTICS),
+              "channel_stats(threads(x.numel()), _ptr(x), _ptr(stats))" + PREVIOUS, CHANNELS),
     30: Patch(EPILOGUE, "        total += v;\n        store(acc + j * t.acc_col, v);",
               "        const Vec alone = RESIDUAL ? v - load_upto(residual + at, n) : v;\n        total += alone;\n"
               "        store(acc + j * t.acc_col, alone);", STATISTICS),
