@@ -24,7 +24,7 @@ SHORTCUT = "s = activate(v, problem.short_act, problem.slope).to(problem.compute
 RESIDUAL = "y = y + residual.to(wide)"
 MOMENTS = "    var, mean = torch.var_mean(v, (0, 2, 3), correction=0)\n"
 SUMS = "return out, torch.stack([g.sum((0, 2, 3)), (g * xhat).sum((0, 2, 3))])"
-DROPPED = "        g = random.dropout(g, rng, problem.p)  # type: ignore[arg-type]\n    if problem.act"
+DROPPED = "        da = random.dropout(da, rng, problem.p)  # type: ignore[arg-type]\n    return da"
 STATS_Y = "stats_y = moments(out.to(problem.stats_dtype)) if"
 
 

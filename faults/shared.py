@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from faults.patch import Check, Patch
 
-BLOCK, OPS = "wrn_fast/block.py", "wrn_fast/ops.py"
+BLOCK, AUTOGRAD = "wrn_fast/block.py", "wrn_fast/autograd.py"
 RUNNING = Check("tests/test_model.py", "float64_outputs_gradients_and_statistics and relu")
 
 PATCHES = {
@@ -28,7 +28,7 @@ PATCHES = {
         Check("tests/backends/test_metamorphic.py", "frozen_statistics_stay"),
     ),
     41: Patch(
-        OPS,
+        AUTOGRAD,
         "    if not ctx.needs_input_grad[1 + i]:\n        return False\n",
         "",
         Check("tests/test_ops.py", "backward_runs_what_is_wanted or frozen_weights or input_gradient_asks"),
