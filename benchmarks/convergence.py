@@ -2,7 +2,7 @@
 
 Both start from the same weights and see the same batches; in float32 and under bfloat16 autocast, without and with
 dropout (whose masks differ: they come from another generator). What is asked: does the drop-in's mean test accuracy lie
-within the spread of the reference's seeds? Writes convergence.json and convergence.png into docs.
+within the spread of the reference's seeds? Writes convergence.json, .md and .png into docs.
 """
 
 from __future__ import annotations
@@ -117,6 +117,26 @@ def plot(found: dict[str, Any], file: Path) -> None:
     pyplot.close(figure)
 
 
+def page(found: dict[str, Any]) -> str:
+    """docs/convergence.md."""
+    lines = [
+        "# Convergence\n",
+        f"{found['network']} from the same weights on the same batches of {found['data']}: {found['train']} images to "
+        f"train on, {found['test']} to test on, {found['epochs']} epochs, {found['seeds']} seeds. Test accuracy after "
+        "the last epoch; with dropout the masks differ.\n",
+        "| | reference, mean | its seeds | drop-in, mean | its seeds | mean within the reference's spread |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, cell in found["cells"].items():
+        of = cell["last"]["drop-in"]
+        spreads = [f"{low:.4f} to {high:.4f}" for low, high in (cell["spread"], (min(of), max(of)))]
+        means = [f"{cell['mean'][side]:.4f}" for side in SIDES]
+        words = " | ".join([name, means[0], spreads[0], means[1], spreads[1], "yes" if cell["within"] else "**no**"])
+        lines.append(f"| {words} |")
+    lines += ["\n![test accuracy, epoch by epoch](convergence.png)\n", f"`{found['command']}`, torch {found['torch']}."]
+    return "\n".join(lines) + "\n"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Exit status 1 where a mean lies outside."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.convergence", description=__doc__)
@@ -129,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--lr", type=float, default=0.05, help="default: %(default)s")
     parser.add_argument("--dropout", type=float, default=0.3, help="of the runs with dropout; default: %(default)s")
-    parser.add_argument("--out", type=Path, default=DOCS, help="the folder of convergence.json and convergence.png")
+    parser.add_argument("--out", type=Path, default=DOCS, help="the folder that is written into")
     args = parser.parse_args(arguments)
     console = Console(soft_wrap=True)
     split = resized(data.load(args.data, limit=args.limit, seed=0), args.size)
@@ -148,10 +168,12 @@ def main(arguments: list[str] | None = None) -> int:
     command = " ".join(["python -m benchmarks.convergence", *words])
     found = {
         "command": command, "network": f"WRN-{args.depth}-{args.width}", "data": split.name, "epochs": args.epochs,
-        "train": len(split.train_x), "test": len(split.test_x), "torch": torch.__version__, "cells": cells,
+        "seeds": args.seeds, "train": len(split.train_x), "test": len(split.test_x), "torch": torch.__version__,
+        "cells": cells,
     }  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (args.out / "convergence.md").write_text(page(found), encoding="utf-8")
     plot(found, args.out / "convergence.png")
     return 0 if all(cell["within"] for cell in cells.values()) else 1
 

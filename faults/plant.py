@@ -17,7 +17,7 @@ from faults import native
 from faults.catalogue import Cell, patch_of
 from faults.patch import Patch
 
-COPIED = ("wrn_fast", "tests", "csrc", "faults", "benchmarks", "docs")
+COPIED = ("wrn_fast", "tests", "csrc", "faults", "benchmarks")
 FILES = ("pyproject.toml", "setup.py", "README.md")
 # A patch that does not run proves nothing about the tests.
 BROKEN = re.compile(r"- (Syntax|Indentation|Name|UnboundLocal|Import|ModuleNotFound|Attribute)Error\b")
