@@ -177,7 +177,10 @@ def test_import_loads_torch_and_nothing_heavy_else():
 
 @pytest.mark.native
 def test_the_extension_leaves_the_floating_point_mode_alone():
-    """A library linked with -ffast-math flushes denormals in the whole process. stmxcsr [rdi]; ret reads the mode."""
+    """After import and after calls. A library linked with -ffast-math flushes denormals in the whole process.
+
+    stmxcsr [rdi]; ret reads the mode.
+    """
     import platform
 
     if platform.machine() != "x86_64":
@@ -193,7 +196,11 @@ def test_the_extension_leaves_the_floating_point_mode_alone():
         "    stmxcsr(ctypes.byref(value))\n"
         "    return value.value & ~0x3F  # without the sticky exception flags\n"
         "before = mode()\n"
-        "import wrn_fast._cpu\n"
+        "import wrn_fast\n"
+        "x, w = torch.randn(2, 16, 9, 9, requires_grad=True), torch.randn(20, 16, 3, 3, requires_grad=True)\n"
+        "y = wrn_fast.bn_act_conv(x, w, wrn_fast.channel_stats(x), batch_stats=True, p=0.5).y\n"
+        "torch.autograd.grad(y.sum(), [x, w])\n"
+        "assert torch.tensor(1e-40).mul(0.5) > 0\n"
         "print(before, mode())"
     ).split()
     assert before == after

@@ -1,8 +1,11 @@
-// Every kernel of csrc/cpu on small random problems, for a build with -fsanitize=address,undefined: each tensor is an
-// allocation of its own, of exactly the size that the contract promises, so one element too far is a report.
+// Every kernel of csrc/cpu on small random problems, for a build with -fsanitize=address,undefined or thread: each
+// tensor is an allocation of its own, of exactly the size that the contract promises, so one element too far is a
+// report.
 //
 //   sanitize <cases> <seed>    exit 0 when all ran and agree with plain loops in double
 //   sanitize plant             hands over an output that is one element short: has to be reported
+//   sanitize shift             shifts by the width of a number: has to be reported
+//   sanitize race              lets two threads add to one number: has to be reported
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -324,7 +327,20 @@ const Passes& passes_of(const char* name) {
 
 }  // namespace
 
+int shift_by(int bits) {
+  return 1 << bits;
+}
+
+int race() {
+  int shared = 0;
+#pragma omp parallel num_threads(2)
+  for (int i = 0; i < 1000; ++i) ++shared;
+  return shared;
+}
+
 int main(int argc, char** argv) {
+  if (argc > 1 && !strcmp(argv[1], "shift")) return shift_by(30 + argc) & 1;
+  if (argc > 1 && !strcmp(argv[1], "race")) return race() & 1;
   const Kernels& widest = kernels();
   if (argc > 1 && !strcmp(argv[1], "plant")) {
     generator.seed(1);
