@@ -66,9 +66,8 @@ def special(device: str, seconds: float) -> Result:
     """The self-check of tiles that the rule does not choose: boxes and e4m3."""
     from benchmarks.battery.small import special_tiles
 
-    wrong = special_tiles(
-        torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
-    )
+    place = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+    wrong = special_tiles(place)
     bad = [sentence for sentence in wrong if sentence]
     return result(FAILED, bad[0]) if bad else result(OK if wrong else NOT_RUN, f"{len(wrong)} tiles exact")
 

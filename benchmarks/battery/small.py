@@ -60,10 +60,9 @@ def special_tiles(place: torch.device) -> list[str | None]:
 def masked(place: torch.device) -> None:
     """One run of input_grad by a mask."""
     problem = ConvProblem(place.type, torch.float16, torch.float16, 3, 9, 7, 40, 48, 3, 3, 1, (1, 1, 1, 1), act="relu")
-    arguments = tune.tensors("dgrad", problem, place)
-    triton.input_grad(
-        problem, arguments[0], arguments[2], triton.act_mask(problem, arguments[1], *[None] * 3), None, None
-    )
+    dy, x, w, *_ = tune.tensors("dgrad", problem, place)
+    assert dy is not None and x is not None and w is not None
+    triton.input_grad(problem, dy, w, triton.act_mask(problem, x, None, None, None), None, None)
 
 
 def elementwise(op: str, place: torch.device) -> None:
