@@ -288,6 +288,7 @@ uint16_t to_fp16(float v) {
   const uint16_t sign = std::signbit(v) ? 0x8000 : 0;
   if (v != v) return 0x7fff;
   const float size = std::fabs(v);
+  if (size == 0.f) return sign;
   if (size >= 65520.f) return sign | 0x7c00;
   int exponent = 0;
   std::frexp(size, &exponent);

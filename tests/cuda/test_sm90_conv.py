@@ -1,0 +1,77 @@
+"""The Hopper convolutions on the host-run tool: whole kernels, exact results, random schedules of a block's threads."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cuda import conv_cases
+from cuda.conv_cases import SHIFT3_WIDTHS, WIDTHS, Call
+
+SHIPPED = [("fetch9", k) for k in WIDTHS] + [("shift3", k) for k in SHIFT3_WIDTHS]
+
+
+def check(tool, call):
+    reason = tool.refuses(call.op, call.shape, call.dtype, call.tile)
+    assert reason is None, f"{reason}\n{call}"
+    wrong = conv_cases.run(tool, call)
+    assert wrong is None, f"{wrong}\n{call}"
+
+
+@pytest.mark.parametrize("batch", range(6))
+def test_random_calls_are_exact(tool, seed, batch):
+    """Shapes off the tiles, strides, paddings, shortcuts, prologues, epilogues: 300 in all."""
+    for i in range(50):
+        check(tool, conv_cases.draw(seed + i))
+
+
+@pytest.mark.parametrize("op", ["fprop", "dgrad"])
+@pytest.mark.parametrize("tile, width", SHIPPED)
+def test_every_compiled_kernel_is_exact(tool, seed, tile, width, op):
+    """Each width, tile and dtype with everything that its epilogue can do, odd batches, the network's image sizes."""
+    side = (8, 16, 32)[seed % 3]
+    call = Call(
+        op, tile, list(conv_cases.DTYPES)[seed // 3 % 2], (5, 3, 1)[seed % 3], side, side, 16, width,
+        prologue=True, act="relu", bias=True, residual=True, act_out="relu", want_sums=True, seed=seed,
+    )  # fmt: skip
+    if op == "dgrad":
+        call = replace(call, C=width, K=16, N=1)
+    check(tool, call)
+
+
+@pytest.mark.parametrize("channels", [16, 32, 48, 160, 320])
+@pytest.mark.parametrize("tile", ["fetch9", "shift3"])
+def test_every_remainder_of_the_reduction_is_exact(tool, seed, tile, channels):
+    """C of 16 to 320: chunks of 1 to 4 steps of 16 channels; 160 is the network's 64 + 64 + 32."""
+    check(tool, Call("fprop", tile, N=1, H=16, W=16, C=channels, K=64, prologue=True, act="relu", seed=seed))
+
+
+@pytest.mark.parametrize("stride_pad", [(2, (1, 1, 1, 1)), (2, (0, 1, 0, 1)), (1, (1, 1, 1, 1))])
+def test_the_networks_first_blocks_are_exact(tool, seed, stride_pad):
+    """A strided conv1 with its dgrad, and conv2 with the strided shortcut as extra steps."""
+    stride, pad = stride_pad
+    conv1 = Call("fprop", N=2, H=16, W=16, C=32, K=64, stride=stride, pad=pad, prologue=True, act="relu", seed=seed)
+    check(tool, replace(conv1, want_sums=True))
+    check(tool, replace(conv1, op="dgrad", want_sums=True))
+    check(
+        tool, Call(N=2, H=8, W=8, C=64, K=64, tile="shift3", short_C=32, short_stride=stride, want_sums=True, seed=seed)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_values_that_are_not_numbers_stay(tool, dtype):
+    """NaN passes the prologue's relu, as in PyTorch, and reaches the 9 outputs around it and no other."""
+    call = Call(N=1, H=8, W=8, C=16, K=16, prologue=True, act="relu", dtype=dtype)
+    exact = conv_cases.tensors_of(call)
+    exact["x"][0, 3, 4, 5] = torch.nan
+    exact["w"] = exact["w"].abs() + 1
+    want, _ = conv_cases.fprop_oracle(call, exact)
+    assert int(want.isnan().sum()) == 9 * 16
+    got = conv_cases.fprop_output(tool, call, exact)
+    assert torch.equal(got.isnan(), want.isnan())
+
+
+def test_what_is_not_served_is_named(tool):
+    assert "multiples of 16" in tool.refuses("fprop", Call(C=24).shape, torch.bfloat16, "fetch9")
+    assert "3x3" in tool.refuses("fprop", Call(K=64, stride=2).shape, torch.bfloat16, "shift3")
+    assert "blocks of" in tool.refuses("dgrad", Call(C=16).shape, torch.bfloat16, "shift3")
+    assert "stride" in tool.refuses("fprop", Call(stride=3).shape, torch.bfloat16, "fetch9")
