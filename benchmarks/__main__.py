@@ -23,7 +23,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from benchmarks import machine, memory, report, timing
+from benchmarks import compare, machine, memory, report, roofline, startup, timing
 from benchmarks.cases import (
     BLOCK_TASKS,
     DTYPES,
@@ -68,11 +68,18 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     how.add_argument("--reps", type=int, default=timing.REPS, help="rounds at least; default: %(default)s")
     how.add_argument("--budget", type=float, metavar="S", help="seconds after which no case is begun")
     how.add_argument("--seed", type=int, default=0, help="of weights, inputs, order; default: %(default)s")
+    how.add_argument("--startup", action="store_true", help="import, first call and size too, in fresh processes")
     how.add_argument("--memory", action=argparse.BooleanOptionalAction, default=None,
                      help="saved bytes and resident memory; default: with a preset, on the CPU")  # fmt: skip
     where = parser.add_argument_group("where it goes")
     where.add_argument("--json", type=Path, metavar="FILE", help="the report; its schema is in benchmarks/report.py")
     where.add_argument("--plot", type=Path, metavar="FILE", help="a PNG")
+    where.add_argument("--roofline", type=Path, metavar="FILE", help="a PNG of layers (--parts layers) under ceilings")
+    where.add_argument("--compare", type=Path, metavar="OLD.json",
+                       help="show what became slower since that report; exit status 1 if anything did")  # fmt: skip
+    where.add_argument(
+        "--against", type=Path, metavar="NEW.json", help="with --compare: this report, nothing is measured"
+    )
     where.add_argument("--write-docs", action="store_true",
                        help="only rewrite docs/benchmarks.md from benchmarks/results/*.json")  # fmt: skip
     args = parser.parse_args(arguments)
@@ -80,6 +87,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error("--device cuda: torch sees no CUDA GPU")
     if min(args.batch) < 1 or args.threads < 1 or args.reps < 1:
         parser.error("--batch, --threads and --reps must be at least 1")
+    if args.against is not None and args.compare is None:
+        parser.error("--against needs --compare")
     args.custom = args.depth is not None or args.parts is not None
     if args.custom and args.width is None:
         parser.error("--depth and --parts need --width")
@@ -182,12 +191,14 @@ def measure(args: argparse.Namespace, arguments: Sequence[str], console: Console
         "rows": rows,
         "left_out": left_out,
         "memory": figures,
+        "startup": startup.measure() if args.startup else None,
+        "copy_gbytes": roofline.copy_rate(args.device) / 1e9 if args.roofline else None,
         "summary": report.summary(rows),
     }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0; 1 if wrn_fast was refused in a case because its result was wrong."""
+    """Exit status: 0; 1 if wrn_fast was refused because its result was wrong, or became slower than `--compare`."""
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parse(arguments)
     # Wide enough for a table where the output is a file or a pipe.
@@ -198,6 +209,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.list:
         console.print("\n".join(case.name for case in select_cases(args)), highlight=False)
         return 0
+    if args.against is not None:
+        return 1 if compare.show(console, report.read_json(args.compare), report.read_json(args.against)) else 0
+    # Read first: a file that is no report is an error before ten minutes, not after.
+    old = None if args.compare is None else report.read_json(args.compare)
     result = measure(args, arguments, console)
     file = args.json
     if file is None and args.preset == "readme" and not args.custom:
@@ -208,8 +223,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from benchmarks.plot import plot
 
         plot(result, args.plot)
+    if args.roofline is not None:
+        roofline.plot(result, args.roofline)
+    for line in startup.lines(result["startup"]) if args.startup else ():
+        console.print(line, highlight=False)
     report.print_end(console, result)
-    return 1 if report.refused(result["rows"]) else 0
+    slower = [] if old is None else compare.show(console, old, result)
+    return 1 if slower or report.refused(result["rows"]) else 0
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ Schema of the JSON (`SCHEMA`):
     left_out      case, reason: cases for which there was no time
     memory        subject, batch; saved: drop_rate, fast_bytes, eager_bytes, ratio; resident: variant -> peak_mib,
                   over_model_mib; null if not measured
+    startup       runs, import_ms, first_ms and later_ms (by side), wheel_mib; null if not measured
+    copy_gbytes   rate of a copy, for a roofline; null if not measured
     summary       cases, geomean, worst_case, worst_ratio of wrn_fast; null without a case
 """
 

@@ -12,6 +12,7 @@ from benchmarks import peers, runner, timing
 from benchmarks.cases import (
     BLOCK_TASKS,
     LAYER_TASKS,
+    MC_SAMPLES,
     NETWORK_TASKS,
     PRESETS,
     TASKS,
@@ -62,7 +63,7 @@ def test_presets_hold_what_the_readme_promises():
 def test_stochastic_forwards_are_at_batch_one():
     cases = network_cases([(10, 1)], ["mc_dropout", "inference"], [4, 8], ["fp32"])
     assert [(case.task, case.batch, case.images) for case in cases] == [
-        ("mc_dropout", 1, 10), ("inference", 4, 4), ("inference", 8, 8)
+        ("mc_dropout", 1, MC_SAMPLES), ("inference", 4, 4), ("inference", 8, 8)
     ]  # fmt: skip
 
 
@@ -262,7 +263,7 @@ def test_eager_that_is_nan_passes_nobody(seed):
 def test_the_drop_in_passes_every_task(task, dtype, seed):
     network = Network(10, 1, 0.3) if task == "mc_dropout" else TINY
     subject = network if task in NETWORK_TASKS else Block(16, 32, 8, 2) if task in BLOCK_TASKS else Layer(16, 32, 8, 1)
-    case = Case(subject, task, 1 if task == "mc_dropout" else 2, dtype)
+    case = Case(subject, task, 1 if task == "mc_dropout" else 2, dtype, samples=5)
     module, inputs = runner.prepare_case(case, "cpu", seed)
     variants, verdicts, missing = runner.build(case, [peers.OURS, *EAGER], module, inputs)
     assert not missing and set(variants) == {peers.FAST, *(peer.name for peer in EAGER)}
@@ -270,7 +271,7 @@ def test_the_drop_in_passes_every_task(task, dtype, seed):
 
 
 def test_dropout_is_off_for_parity_and_on_for_timing(seed):
-    case = Case(Network(10, 1, 0.5), "mc_dropout", 1)
+    case = Case(Network(10, 1, 0.5), "mc_dropout", 1, samples=5)
     module, inputs = runner.prepare_case(case, "cpu", seed)
     batched = next(peer for peer in peers.PEERS if peer.name == "eager-batched")
     variants, _, missing = runner.build(case, [peers.OURS, peers.EAGER, batched], module, inputs)

@@ -8,7 +8,7 @@ from convert.networks import assert_equal, calls, masks_of, noted_draws, observe
 from torch import nn
 
 import wrn_fast
-from wrn_fast import chain, reference
+from wrn_fast import chain, cli, reference
 from wrn_fast.errors import WrnFastError
 from wrn_fast.parity import FLOAT64, Pool, error
 from wrn_fast.reference import BLOCKS, kernel_sizes
@@ -206,3 +206,23 @@ def test_a_checkpoint_of_blocks_that_nobody_has_is_refused():
         wrn_fast.load_checkpoint(state)
     with pytest.raises(WrnFastError, match="the plain network round blocks other than"):
         wrn_fast.load_checkpoint(pair("B(3,1)", dtype=torch.float32)[0].state_dict(), {"eps": 1e-3})
+
+
+def test_the_command_line_knows_block_types(capsys):
+    words = [
+        "verify",
+        "--block",
+        "B(1,3)",
+        "--depth",
+        "10",
+        "--width",
+        "1",
+        "--dtype",
+        "float64",
+        "--seeds",
+        "1",
+        "--steps",
+        "1",
+    ]
+    assert cli.main([*words, "--batch", "2"]) == 0
+    assert "block='B(1,3)'" in capsys.readouterr().out

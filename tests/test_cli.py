@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import wrn_fast
-from wrn_fast import dispatch, parity, reference
+from wrn_fast import dispatch, packing, parity, reference
 from wrn_fast.backends import BACKENDS
 from wrn_fast.cli import info, main
 from wrn_fast.cli import verify as command
@@ -51,14 +51,14 @@ def test_info_says_which_backend_and_why_not_the_others(capsys, monkeypatch):
     assert status == 0
     assert set(data) == {
         "versions", "cpu", "gpus", "extensions", "openmp", "backends", "precision",
-        "pinned algorithm", "packed filters", "environment", "choices", "notes",
+        "pinned algorithm", "packed filters", "memory of inference", "environment", "choices", "notes",
     }  # fmt: skip
     assert data["versions"]["torch"] == torch.__version__ and data["versions"]["wrn_fast"] == wrn_fast.__version__
     assert data["backends"] == list(BACKENDS) and data["precision"] == "f2"
     assert data["environment"]["WRN_FAST_PRECISION"] == "f2"
     assert any(name.startswith("libgomp") or "omp" in name for name in data["openmp"]) or sys.platform != "linux"
     on_cpu = [row for row in data["choices"] if row["device"] == "cpu"]
-    assert len(on_cpu) == len(info.LAYERS) * len(info.DTYPES)
+    assert len(on_cpu) == len(info.layers(10)) * len(info.DTYPES)
     for row in on_cpu:
         assert row["problem"].startswith("3x") and set(row["uses"]) == set(info.OPS)
         served = {use.split()[0] for use in row["uses"].values()}
@@ -70,12 +70,40 @@ def test_info_says_which_backend_and_why_not_the_others(capsys, monkeypatch):
 
 def test_info_agrees_with_the_dispatcher():
     with wrn_fast.backend(",".join(BACKENDS)):
-        rows = info.choices("cpu", 2)
-        for row, (layer, dtype) in zip(rows, [(a, b) for a in info.LAYERS for b in info.DTYPES]):
+        rows = info.choices("cpu", 2, 1)
+        for row, (layer, dtype) in zip(rows, [(a, b) for a in info.layers(1) for b in info.DTYPES]):
             for op, use in row["uses"].items():
                 asked = info.problem(layer, op, dtype, "cpu", 2)
                 asked.check()
                 assert dispatch.choose(op, asked).NAME == use.split()[0]
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("depth, width", ((10, 1), (16, 2)))
+def test_info_says_which_algorithm_and_how_much_memory(capsys, monkeypatch, depth, width):
+    """The algorithm is that of the plan; the packed filters are those that inference then keeps."""
+    monkeypatch.delenv("WRN_FAST_PACK_CACHE", raising=False)
+    packing.refresh()
+    with wrn_fast.backend("cpu"):
+        _, data = run_json(capsys, "info", "--depth", str(depth), "--width", str(width), "--batch", "1")
+        model = wrn_fast.WideResNet(depth, 10, width, 0.0).eval()
+        with torch.no_grad():
+            for _ in range(2):
+                model(torch.randn(1, 3, 32, 32))
+    uses = {row["layer"]: row["uses"]["fprop"] for row in data["choices"] if row["dtype"] == "float32"}
+    assert uses["stem"] == "cpu direct" and uses["group 1"] == "cpu f2" and uses["group 3"] == "cpu f4"
+    assert uses["stride 2"] == ("cpu direct" if width == 1 else "cpu f2s2")
+    kept = sum(row.bytes for row in packing.report() if row.shape[2:] == (3, 3))
+    assert data["memory of inference"][f"packed filters of WRN-{depth}-{width}"] == kept > 0
+    monkeypatch.setenv("WRN_FAST_PACK_CACHE", "0")
+    with wrn_fast.backend("cpu"):
+        _, data = run_json(capsys, "info", "--depth", str(depth), "--width", str(width))
+    assert data["memory of inference"][f"packed filters of WRN-{depth}-{width}"] == 0
+
+
+def test_info_refuses_a_network_that_is_none(capsys):
+    status, out, err = run(capsys, "info", "--depth", "11")
+    assert status != 0 and "`--depth`" in out + err
 
 
 def test_info_obeys_a_narrowed_choice(capsys):

@@ -20,6 +20,7 @@ LAYERS = {
         "tuned",
         "precision",
         "random",
+        "scales",
         "setting",
         "steps",
         "cache",
@@ -31,8 +32,8 @@ LAYERS = {
     3: {"dispatch"},
     4: {"ops", "autograd"},
     5: {"functional", "chain"},
-    6: {"reference", "block", "model", "convert", "parity", "mc", "graphs"},
-    7: {"tune", "verify", "cli", "demo"},
+    6: {"reference", "block", "model", "convert", "parity", "mc", "graphs", "fp8"},
+    7: {"tune", "verify", "cli", "demo", "recipes"},
 }
 SIDEWAYS = {
     "checks": {"errors", "masks", "problem"},
@@ -45,17 +46,19 @@ SIDEWAYS = {
     "model": {"block", "reference"},
     "convert": {"block", "model", "reference", "parity"},
     "parity": {"reference"},
+    "fp8": {"parity"},
     "mc": {"block", "model", "convert", "reference"},
     "verify": set(),
     "cli": {"tune", "verify"},
     "demo": {"cli"},
+    "recipes": {"demo"},
 }
 NARROW = {"reference": {"errors"}, "kernels": LAYERS[0] | {"packing"}, "dispatch": LAYERS[0] | {"backends"}}
 
 # Third-party modules beside torch, and who may import them (at any depth, also inside functions).
 OUTSIDERS = {
     "triton": {"kernels", "backends"},
-    "rich": {"cli", "tune", "demo", "verify", "mc"},
+    "rich": {"cli", "tune", "demo", "verify", "mc", "recipes"},
     "numpy": {"demo", "convert"},
     "matplotlib": {"demo"},
     "sklearn": {"demo"},
@@ -174,7 +177,10 @@ def test_import_loads_torch_and_nothing_heavy_else():
 
 @pytest.mark.native
 def test_the_extension_leaves_the_floating_point_mode_alone():
-    """A library linked with -ffast-math flushes denormals in the whole process. stmxcsr [rdi]; ret reads the mode."""
+    """After import and after calls. A library linked with -ffast-math flushes denormals in the whole process.
+
+    stmxcsr [rdi]; ret reads the mode.
+    """
     import platform
 
     if platform.machine() != "x86_64":
@@ -190,7 +196,11 @@ def test_the_extension_leaves_the_floating_point_mode_alone():
         "    stmxcsr(ctypes.byref(value))\n"
         "    return value.value & ~0x3F  # without the sticky exception flags\n"
         "before = mode()\n"
-        "import wrn_fast._cpu\n"
+        "import wrn_fast\n"
+        "x, w = torch.randn(2, 16, 9, 9, requires_grad=True), torch.randn(20, 16, 3, 3, requires_grad=True)\n"
+        "y = wrn_fast.bn_act_conv(x, w, wrn_fast.channel_stats(x), batch_stats=True, p=0.5).y\n"
+        "torch.autograd.grad(y.sum(), [x, w])\n"
+        "assert torch.tensor(1e-40).mul(0.5) > 0\n"
         "print(before, mode())"
     ).split()
     assert before == after

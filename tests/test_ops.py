@@ -286,7 +286,8 @@ def test_input_gradient_asks_for_sums_only_where_statistics_move(batch_stats, mo
     monkeypatch.setattr(dispatch, "choose", lambda op, problem: seen.append((op, problem)) or choose(op, problem))
     leaves, loss = network(batch_stats)
     torch.autograd.grad(loss(), [leaves["x"]])
-    assert [problem.want_stats for op, problem in seen if op == "dgrad"] == [batch_stats] * 2
+    assert [problem.want_stats for op, problem in seen if op == "dgrad"] == [True] * 2 * batch_stats
+    assert [op for op, _ in seen if op == "input_grad"] == ["input_grad"] * 2 * (not batch_stats)
 
 
 def test_checkpoint_runs_forward_again_and_replays_the_mask(calls):

@@ -34,7 +34,7 @@ def test_the_environment(monkeypatch):
 
 
 def test_an_unknown_name():
-    with pytest.raises(WrnFastError, match="`precision`: expected one of fast, f2, direct, got 'tf32'"):
+    with pytest.raises(WrnFastError, match="`precision`: expected one of fast, f2, direct, fp8, got 'tf32'"):
         precision("tf32")
 
 

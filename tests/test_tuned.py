@@ -15,7 +15,7 @@ from wrn_fast.kernels.configs import ARCHS
 from wrn_fast.problem import ConvProblem
 
 PROBLEM = ConvProblem("cuda", torch.bfloat16, torch.bfloat16, 128, 32, 32, 160, 160, 3, 3, 1, (1, 1, 1, 1))
-TILE = {"rows": 64, "red": 32, "cols": [128, 32], "warps": 4, "stages": 3, "apply": False, "splits": 1}
+TILE = {"rows": 64, "red": 32, "cols": [128, 32], "warps": 4, "stages": 3, "apply": False, "splits": 1, "box": False}
 HEAD = dict.fromkeys(tuned.HEAD, "x") | {"gpu": "GPU", "arch": "sm_90", "sms": 132}
 
 

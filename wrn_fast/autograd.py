@@ -14,6 +14,8 @@ from torch import Tensor
 from wrn_fast import dispatch, masks, ops
 from wrn_fast.backends import aten
 from wrn_fast.checks import fprop_problem
+from wrn_fast.errors import WrnFastError
+from wrn_fast.precision import FP8
 from wrn_fast.precision import current as current_precision
 from wrn_fast.precision import take_over as take_over_precision
 from wrn_fast.problem import TENSORS, FpropArgs
@@ -139,18 +141,21 @@ def _kept_for_x_alone(ctx: Any, source: _Source) -> tuple[Tensor | None, Tensor 
     wants = [ctx.needs_input_grad[1 + TENSORS.index(name)] for name in source.names()]
     if not any(wants):
         return None, None
-    through_bn = source.stats is not None
-    if any(wants[1:]) or (through_bn and source.batch_stats) or source.act not in (*masks.ACTS, "identity"):
-        return None
-    mask = scale = None
-    if source.act != "identity":
-        mask = ops.act_mask(
-            source.x, source.stats, source.gamma, source.beta, source.act, source.slope, source.eps
-        )  # fmt: skip
-    if through_bn:
-        wide = (source.stats[1].double() + source.eps).rsqrt()
-        scale = (wide if source.gamma is None else wide * source.gamma).to(source.stats.dtype)
-    return mask, scale
+    return None if any(wants[1:]) or not _one_bit_is_enough(source) else _mask_and_scale(source)
+
+
+def _one_bit_is_enough(source: _Source) -> bool:
+    """For the gradient by x: no statistics that move with x, and a derivative of two values."""
+    return not (source.stats is not None and source.batch_stats) and source.act in (*masks.ACTS, "identity")
+
+
+def _mask_and_scale(source: _Source) -> tuple[Tensor | None, Tensor | None]:
+    _, x, _, stats, gamma, beta, _, _, _, act, slope, eps, _, _ = source
+    mask = None if act == "identity" else ops.act_mask(x, stats, gamma, beta, act, slope, eps)
+    if stats is None:
+        return mask, None
+    rstd = (stats[1].double() + eps).rsqrt()
+    return mask, (rstd if gamma is None else rstd * gamma).to(stats.dtype)
 
 
 def _below_autograd(keyset: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,6 +165,8 @@ def _below_autograd(keyset: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _autograd(keyset: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if current_precision() == FP8:
+            raise WrnFastError("`x`: expected no gradients under precision 'fp8' (torch.no_grad()), got grad mode on")
         return _Fprop.apply(keyset, *args)
     return _below_autograd(keyset, *args)
 
@@ -198,13 +205,21 @@ def _first_order(ctx: Any, dy: Tensor, wanted: set[str]) -> dict[str, Tensor | N
     if "bias" in wanted:
         grads["bias"] = dy.sum((0, 2, 3), dtype=torch.promote_types(dy.dtype, torch.float32)).to(ctx.bias_dtype)
     for source in _sources(a):
-        if source.suffix not in ctx.masked:
+        x_name, *others = source.names()
+        if source.suffix in ctx.masked:
+            if x_name in wanted:
+                grads[x_name] = _by_x_alone(dy, source, source.x, source.stats, ctx.masked[source.suffix])
+        elif x_name in wanted and wanted.isdisjoint(others) and _one_bit_is_enough(source):
+            grads[x_name] = _by_x_alone(dy, source, *_mask_and_scale(source), source.x.shape)
+        else:
             _of_source(grads, wanted, dy, source)
-        elif source.names()[0] in wanted:
-            _, mask, w, scale, _, _, rng, stride, pad, act, slope, _, p, _ = source
-            shape = ctx.masked[source.suffix]
-            grads[source.names()[0]] = ops.input_grad(dy, w, mask, scale, rng, shape, stride, pad, act, slope, p)
     return grads
+
+
+def _by_x_alone(dy: Tensor, source: _Source, mask: Tensor | None, scale: Tensor | None, shape: torch.Size) -> Tensor:
+    """dx where nothing else is wanted: no pass over x beside the convolution's own."""
+    _, _, w, _, _, _, rng, stride, pad, act, slope, _, p, _ = source
+    return ops.input_grad(dy, w, mask, scale, rng, shape, stride, pad, act, slope, p)
 
 
 def _of_source(grads: dict[str, Tensor | None], wanted: set[str], dy: Tensor, source: _Source) -> None:

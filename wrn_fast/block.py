@@ -130,8 +130,12 @@ def update_running(bn: nn.BatchNorm2d, stats: Tensor, x: Tensor) -> None:
         # momentum None averages all batches; 1 / count stays a tensor, so that nothing waits for the device
         factor: Any = bn.momentum if bn.momentum is not None else 1.0 / bn.num_batches_tracked.to(dtype)  # type: ignore[union-attr]
         mean, var = stats.unbind()
-        bn.running_mean.lerp_(mean.to(dtype), factor)
-        bn.running_var.lerp_((var * (n / (n - 1))).to(dtype), factor)  # type: ignore[union-attr]
+        # In one call, so that a KeyboardInterrupt finds both moved or neither.
+        torch._foreach_lerp_(
+            [bn.running_mean, bn.running_var],  # type: ignore[list-item]
+            [mean.to(dtype), (var * (n / (n - 1))).to(dtype)],
+            [factor, factor] if isinstance(factor, Tensor) else factor,  # type: ignore[arg-type]
+        )
 
 
 def batch_norm(bn: nn.BatchNorm2d, x: Tensor, stats: Tensor | None) -> Prologue:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from wrn_fast import dispatch, random
+from wrn_fast.precision import FP8, current
 from wrn_fast.problem import ConvProblem
 from wrn_fast.steps import Norm, Short, Step
 
@@ -26,7 +27,8 @@ def run_blocks(blocks: Sequence[Any], x: Tensor) -> Tensor | None:
 
     Returns:
         [N, K, P, Q], equal bit for bit to the blocks' own operators, masks of dropout included; None under autograd, a
-        compiler, autocast or a dispatch mode, where BatchNorm uses the batch, and where the backend has no chain.
+        compiler, autocast, a dispatch mode or precision("fp8"), where BatchNorm uses the batch, and where the backend
+        has no chain.
     """
     if not plain_inference(x):
         return None
@@ -50,8 +52,10 @@ def plain_inference(x: Tensor) -> bool:
         and x.layout == torch.strided
         and x.numel() > 0
         and not torch.is_grad_enabled()
+        and current() != FP8
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
+        and x.device.type != "meta"
         and not torch.is_autocast_enabled(x.device.type)
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()

@@ -80,7 +80,13 @@ take_over = _setting.take_over
 
 def explain(op: str, problem: ConvProblem) -> dict[str, str | None]:
     """Each backend's reason against the problem; None where it can serve."""
-    return {name: load(name).unsupported(op, problem) for name in selection()}
+    return {name: _reason(name, op, problem) for name in selection()}
+
+
+def _reason(name: str, op: str, problem: ConvProblem) -> str | None:
+    """Of a backend, against one of `OPS` or an operator that only some backends have."""
+    module = load(name)
+    return module.unsupported(op, problem) if op in OPS or hasattr(module, op) else f"has no {op}"
 
 
 def choose(op: str, problem: ConvProblem) -> ModuleType:
@@ -100,7 +106,7 @@ def _choose(key: tuple[str, ConvProblem, tuple[str, ...]]) -> ModuleType:
     reasons: list[tuple[str, str]] = []
     for name in (*_measured_faster(op, problem, names), *names):
         module = load(name)
-        reason = module.unsupported(op, problem)
+        reason = _reason(name, op, problem)
         if reason is None:
             if name == "aten" and len(names) > 1:
                 _warn(problem, reasons)

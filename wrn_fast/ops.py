@@ -24,9 +24,12 @@ from wrn_fast.checks import (
     input_grad_problem,
     wgrad_problem,
 )
+from wrn_fast.errors import WrnFastError
+from wrn_fast.precision import FP8, current
 from wrn_fast.problem import ConvProblem, FpropArgs
 
 LIB = torch.library.Library("wrn_fast", "DEF")
+FP8_CHANNELS = 16  # from so many input channels on: the first convolution of a network has 3
 
 LIB.define(
     "fprop(Tensor x, Tensor w, Tensor? stats, Tensor? gamma, Tensor? beta, Tensor? bias, Tensor? residual, "
@@ -91,11 +94,21 @@ def _run(op: str, problem: ConvProblem, *tensors: Tensor | None) -> Any:
         return function(problem, *tensors)
 
 
+def _in_fp8(a: FpropArgs, problem: ConvProblem) -> bool:
+    """Does the call run in e4m3? What has fewer channels than a tensor instruction reduces over stays as it is."""
+    if current() != FP8 or problem.N == 0 or problem.C < FP8_CHANNELS:
+        return False
+    if a.batch_stats or a.short_batch_stats:
+        raise WrnFastError("`batch_stats`: expected running statistics under precision 'fp8' (model.eval()), got True")
+    return True
+
+
 def _fprop(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     a = FpropArgs(*args)
+    problem = fprop_problem(a)
     return _run(
-        "fprop", fprop_problem(a), _nhwc(a.x), _dense(a.w), a.stats, a.gamma, a.beta, a.bias, _nhwc(a.residual),
-        _nhwc(a.x_short), _dense(a.w_short), *args[9:15],
+        "fprop_fp8" if _in_fp8(a, problem) else "fprop", problem, _nhwc(a.x), _dense(a.w), a.stats, a.gamma, a.beta,
+        a.bias, _nhwc(a.residual), _nhwc(a.x_short), _dense(a.w_short), *args[9:15],
     )  # fmt: skip
 
 

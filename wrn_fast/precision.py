@@ -1,8 +1,9 @@
 """How exact float32 convolutions have to be: which algorithms a backend may use.
 
     fast    whatever is fastest within the operator's bound: Winograd F(4x4,3x3) where it pays (1.0e-6 relative L2)
-    f2      at most Winograd F(2x2,3x3) (4e-7)
+    f2      at most Winograd F(2x2,3x3), at stride 2 its polyphase form (4e-7)
     direct  no Winograd: the sums of the definition, in float32
+    fp8     inference in e4m3, by ranges that `wrn_fast.fp8.calibrate` found: only inside a `with` block
 
 `WRN_FAST_PRECISION` sets it for the process, `with wrn_fast.precision("direct")` for a block of code.
 `WRN_FAST_PIN_ALGO=1` keeps the choice of algorithm from looking at the batch size, so that an image's bits do not
@@ -18,19 +19,20 @@ from wrn_fast.errors import WrnFastError
 from wrn_fast.setting import Setting
 
 PRECISIONS = ("fast", "f2", "direct")
+FP8 = "fp8"
 PINS = ("", "1", "f4", "f2", "direct")
 
 _setting: Setting[str] = Setting()
 
 
-def _checked(name: str, source: str) -> str:
-    if name not in PRECISIONS:
-        raise WrnFastError(f"`{source}`: expected one of {', '.join(PRECISIONS)}, got {name!r}")
+def _checked(name: str, source: str, choices: tuple[str, ...]) -> str:
+    if name not in choices:
+        raise WrnFastError(f"`{source}`: expected one of {', '.join(choices)}, got {name!r}")
     return name
 
 
 def current() -> str:
-    """The precision in force: `fast`, `f2` or `direct`.
+    """The precision in force: `fast`, `f2`, `direct` or `fp8`.
 
     Raises:
         WrnFastError: WRN_FAST_PRECISION holds another word.
@@ -39,7 +41,7 @@ def current() -> str:
     if chosen is not None:
         return chosen
     name = os.environ.get("WRN_FAST_PRECISION")
-    return _checked(name, "WRN_FAST_PRECISION") if name else "fast"
+    return _checked(name, "WRN_FAST_PRECISION", PRECISIONS) if name else "fast"
 
 
 def pinned() -> str:
@@ -62,12 +64,12 @@ def precision(name: str) -> AbstractContextManager[None]:
     The setting is the process's. A backward pass uses the precision of its forward pass, whatever is set when it runs.
 
     Args:
-        name: `fast`, `f2` or `direct`.
+        name: `fast`, `f2`, `direct` or `fp8`.
 
     Raises:
         WrnFastError: an unknown name.
     """
-    return _setting.block(_checked(name, "precision"))
+    return _setting.block(_checked(name, "precision", (*PRECISIONS, FP8)))
 
 
 take_over = _setting.take_over

@@ -9,10 +9,6 @@ namespace wrn_fast {
 namespace WRN_ISA {
 namespace {
 
-int tile_size(Algo algo) {
-  return algo == Algo::f4 ? 4 : algo == Algo::f2 ? 2 : 0;
-}
-
 // The 1x1 shortcut alone, stored where the Winograd call will add to it.
 void shortcut(const FpropArgs& a, void* out) {
   FpropArgs s;
@@ -50,7 +46,7 @@ void fprop(const FpropArgs& a) {
     shortcut(a, addend);
   }
   WinogradCall call = {};
-  call.m = tile_size(a.algo);
+  call.algo = a.algo;
   call.threads = a.threads;
   call.input.data = a.x;
   call.input.dtype = a.dtype;
@@ -75,7 +71,7 @@ void dgrad(const DgradArgs& a) {
   const ConvShape& s = a.shape;
   // The gradient of a stride-1 convolution is the convolution of dy, padded by 2 - pad, with the rotated filter.
   WinogradCall call = {};
-  call.m = tile_size(a.algo);
+  call.algo = a.algo;
   call.threads = a.threads;
   call.input.data = a.dy;
   call.input.dtype = a.dtype;
@@ -95,11 +91,11 @@ void dgrad(const DgradArgs& a) {
 }
 
 int64_t packed_size(const PackArgs& a) {
-  return filter_floats(tile_size(a.algo), view(a));
+  return filter_floats(a.algo, view(a));
 }
 
 void pack(const PackArgs& a) {
-  pack_filter(tile_size(a.algo), view(a), a.out, a.threads);
+  pack_filter(a.algo, view(a), a.out, a.threads);
 }
 
 }  // namespace WRN_ISA

@@ -113,7 +113,7 @@ Buffers lay_out(Parts& parts, const DirectCall& c, const Plan& plan, bool statis
   for (int i = 0; i < c.n_sources; ++i) {
     const DirectSource& s = c.source[i];
     b.affine[i] = reserve_affine(parts, s.prologue, s.padded);
-    if (!c.packed[i]) b.packed[i] = parts.floats(filter_floats(0, c.filter[i]));
+    if (!c.packed[i]) b.packed[i] = parts.floats(filter_floats(Algo::direct, c.filter[i]));
     b.source_floats[i] = s.rows * s.cols * s.padded;
     b.chunk_floats += b.source_floats[i];
     if (s.prologue.dropout.active && s.W * s.C + VL > b.multipliers_floats) b.multipliers_floats = s.W * s.C + VL;
@@ -150,7 +150,7 @@ void run_panel(const DirectCall& c, const Buffers& b, const float* buffer, int64
       if (pixels > 0) {
         Segment segment[kSegmentsMax];
         const int n = segments(c, buffers, panel, width, begin, row, phase, segment);
-        gemm_panel(nv, segment, n, pixels, t.cols, acc, width);
+        gemm_panel(nv, segment, n, pixels, t.cols, acc, width, nullptr);
         t.acc_row = int64_t{t.cols} * width;
         t.pixel = (image * c.out_H + row) * c.out_W + phase;
         c.epilogue.run(c.epilogue, t);
@@ -180,7 +180,7 @@ void direct(DirectCall& c, float* statistics) {
     s.affine = b.affine[i];
     fill_affine(s.affine, s.prologue, s.C, s.padded);
     if (b.packed[i]) {
-      pack_filter(0, c.filter[i], b.packed[i], c.threads);
+      pack_filter(Algo::direct, c.filter[i], b.packed[i], c.threads);
       c.packed[i] = b.packed[i];
     }
   }

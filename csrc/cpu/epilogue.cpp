@@ -48,16 +48,17 @@ WRN_INLINE void fprop_channels(const Epilogue& e, const OutTile& t, int c, int n
   for (int i = 0; i < t.rows; ++i) {
     float* acc = t.acc + i * t.acc_row + c;
     const int64_t pixel0 = t.pixel + i * t.pixel_row;
+    DropoutRow keep(a.dropout, pixel0 * e.channels + k, t.pixel_col * e.channels);
     for (int j = 0; j < t.cols; ++j) {
       const int64_t at = (pixel0 + j * t.pixel_col) * e.channels + k;
       Vec v = load(acc + j * t.acc_col);
       if (RARE) v += bias;
       if (RARE && addend) v += load_upto(addend + at, n);
       if (RESIDUAL) v += load_upto(residual + at, n);
-      if (RARE && a.dropout.active && !a.drop_act) v *= dropout_vector(at, a.dropout);
+      if (RARE && a.dropout.active && !a.drop_act) v *= keep(j);
       if (RARE && y_act) {
         Vec u = activate(a.act_out, fma(v, out_scale, out_shift), broadcast(a.slope_out));
-        if (a.dropout.active && a.drop_act) u *= dropout_vector(at, a.dropout);
+        if (a.dropout.active && a.drop_act) u *= keep(j);
         store_upto(y_act + at, u, n);
       }
       if (SUMS) {
@@ -112,11 +113,12 @@ WRN_INLINE void dgrad_channels(const Epilogue& e, const OutTile& t, int c, int n
   for (int i = 0; i < t.rows; ++i) {
     const float* acc = t.acc + i * t.acc_row + c;
     const int64_t pixel0 = t.pixel + i * t.pixel_row;
+    DropoutRow keep(p.dropout, pixel0 * e.channels + k, t.pixel_col * e.channels);
     Vec row_sum = zero(), row_product = zero();
     for (int j = 0; j < t.cols; ++j) {
       const int64_t at = (pixel0 + j * t.pixel_col) * e.channels + k;
       Vec v = load(acc + j * t.acc_col);
-      if (p.dropout.active) v *= dropout_vector(at, p.dropout);
+      if (p.dropout.active) v *= keep(j);
       if (act != Act::identity || SUMS) {
         const Vec d = load_upto(x + at, n) - center;
         const Vec pre = fma(d, scale, shift);

@@ -1,6 +1,8 @@
 // Filter views, and packing with the Winograd transform G w G^T.
 #include "filter.h"
 
+#include "winograd_points.h"
+
 namespace wrn_fast {
 namespace WRN_ISA {
 namespace {
@@ -47,10 +49,15 @@ WRN_INLINE void gather(const FilterView& f, int64_t first_out, int lanes, int64_
 
 // Rows of G: the powers of the points, and 1/prod of point 0 (the others' are in A^T, which has the same number of
 // operations with them; here they would cost a rounding more in each of the two passes).
-template <int M>
+template <Algo ALGO>
 WRN_INLINE void filter_1d(const Vec* g, int sg, Vec* o, int so) {
   const Vec g0 = g[0], g1 = g[sg], g2 = g[2 * sg];
-  if constexpr (M == 4) {
+  if constexpr (ALGO == Algo::f2s2) {
+    o[0] = g0;
+    o[so] = g0 + g2;
+    o[2 * so] = g2;
+    o[3 * so] = g1;
+  } else if constexpr (ALGO == Algo::f4) {
     const Vec a = broadcast(5.f / 8), b = broadcast(3.f / 2);
     const Vec even_a = fma(broadcast(25.f / 64), g2, g0), even_b = fma(broadcast(9.f / 4), g2, g0);
     o[0] = broadcast(256.f / 225) * g0;
@@ -68,10 +75,10 @@ WRN_INLINE void filter_1d(const Vec* g, int sg, Vec* o, int so) {
   }
 }
 
-// taps [9][NR] -> matrices [(M+2)^2], matrix_stride apart.
-template <int M>
+// taps [9][NR] -> matrices [n squared], matrix_stride apart.
+template <Algo ALGO>
 void transform(const float* taps, int width, float* out, int64_t matrix_stride) {
-  constexpr int n = M + 2;
+  constexpr int n = tile_filters(ALGO);
   for (int l = 0; l < width; l += VL) {
     Vec half[n * 3];
 #pragma GCC unroll 3
@@ -79,12 +86,12 @@ void transform(const float* taps, int width, float* out, int64_t matrix_stride) 
       Vec g[3];
 #pragma GCC unroll 3
       for (int r = 0; r < 3; ++r) g[r] = load(taps + (r * 3 + s) * NR + l);
-      filter_1d<M>(g, 1, half + s, 3);
+      filter_1d<ALGO>(g, 1, half + s, 3);
     }
 #pragma GCC unroll 6
     for (int i = 0; i < n; ++i) {
       Vec o[n];
-      filter_1d<M>(half + i * 3, 1, o, 1);
+      filter_1d<ALGO>(half + i * 3, 1, o, 1);
 #pragma GCC unroll 6
       for (int j = 0; j < n; ++j) store(out + (i * n + j) * matrix_stride + l, o[j]);
     }
@@ -92,7 +99,7 @@ void transform(const float* taps, int width, float* out, int64_t matrix_stride) 
 }
 
 // Reduction rows [begin, end) of one panel: matrix x, row c at out[x * matrix_stride + (c - begin) * width].
-void pack_rows(int m, const FilterView& f, int64_t panel, int64_t begin, int64_t end, float* out,
+void pack_rows(Algo algo, const FilterView& f, int64_t panel, int64_t begin, int64_t end, float* out,
                int64_t matrix_stride) {
   const int width = panel_vectors(f.out, panel) * VL, count = f.R * f.S;
   const int64_t first = panel * NR;
@@ -107,10 +114,12 @@ void pack_rows(int m, const FilterView& f, int64_t panel, int64_t begin, int64_t
       gather<bf16>(f, first, lanes, c, rows, taps);
     for (int row = 0; row < rows; ++row, out += width) {
       const float* t = taps + row * count * NR;
-      if (m == 4)
-        transform<4>(t, width, out, matrix_stride);
-      else if (m == 2)
-        transform<2>(t, width, out, matrix_stride);
+      if (algo == Algo::f4)
+        transform<Algo::f4>(t, width, out, matrix_stride);
+      else if (algo == Algo::f2)
+        transform<Algo::f2>(t, width, out, matrix_stride);
+      else if (algo == Algo::f2s2)
+        transform<Algo::f2s2>(t, width, out, matrix_stride);
       else
         for (int tap = 0; tap < count; ++tap)
           memcpy(out + tap * matrix_stride, t + tap * NR, sizeof(float) * static_cast<size_t>(width));
@@ -133,17 +142,17 @@ FilterView rotated_view(const Weight& w, int64_t K, int64_t C, int R, int S) {
   return {last, w.dtype, C, K, R, S, w.stride_c, w.stride_k, -w.stride_r, -w.stride_s};
 }
 
-int filter_matrices(int m, const FilterView& f) {
-  return m ? (m + 2) * (m + 2) : f.R * f.S;
+int filter_matrices(Algo algo, const FilterView& f) {
+  return algo == Algo::direct ? f.R * f.S : tile_filters(algo) * tile_filters(algo);
 }
 
-int64_t filter_floats(int m, const FilterView& f) {
+int64_t filter_floats(Algo algo, const FilterView& f) {
   const int64_t last = panel_count(f.out) - 1;
-  return filter_matrices(m, f) * f.reduce * (last * NR + panel_vectors(f.out, last) * VL);
+  return filter_matrices(algo, f) * f.reduce * (last * NR + panel_vectors(f.out, last) * VL);
 }
 
-void pack_filter(int m, const FilterView& f, float* out, int threads) {
-  const int matrices = filter_matrices(m, f);
+void pack_filter(Algo algo, const FilterView& f, float* out, int threads) {
+  const int matrices = filter_matrices(algo, f);
   const int64_t panels = panel_count(f.out);
   // Pieces of 32 rows: even the five panels of K = 160 spread over the threads.
   constexpr int64_t rows = 32;
@@ -154,7 +163,7 @@ void pack_filter(int m, const FilterView& f, float* out, int threads) {
       const int64_t begin = i * rows, end = begin + rows < f.reduce ? begin + rows : f.reduce;
       const int64_t width = panel_vectors(f.out, p) * VL;
       float* panel = out + p * panel_floats(matrices, f.reduce);
-      pack_rows(m, f, p, begin, end, panel + begin * width, f.reduce * width);
+      pack_rows(algo, f, p, begin, end, panel + begin * width, f.reduce * width);
     }
 }
 

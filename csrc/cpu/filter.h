@@ -1,8 +1,7 @@
 // Filters on their way to the GEMM: oriented views of w, and packed panels.
 //
-// A pack is [panel][matrix][reduction][panel width]: (m+2)^2 matrices of the transformed filter for Winograd, R*S taps
-// for the direct kernel. Panels hold NR output channels; the last holds VL when that is enough; missing channels are
-// zero.
+// A pack is [panel][matrix][reduction][panel width]: the matrices of the transformed filter for Winograd, R*S taps for
+// the direct kernel. Panels hold NR output channels; the last holds VL when that is enough; missing channels are zero.
 #pragma once
 
 #include "../problem.h"
@@ -26,14 +25,13 @@ FilterView dgrad_view(const Weight& w, int64_t K, int64_t C, int R, int S);
 // C and K exchanged and both tap axes reversed: dgrad at stride 1 as a plain convolution.
 FilterView rotated_view(const Weight& w, int64_t K, int64_t C, int R, int S);
 
-// m: 4 or 2 for Winograd, 0 for the direct kernel.
-int filter_matrices(int m, const FilterView& f);
-int64_t filter_floats(int m, const FilterView& f);
+int filter_matrices(Algo algo, const FilterView& f);
+int64_t filter_floats(Algo algo, const FilterView& f);
 WRN_INLINE int64_t panel_floats(int matrices, int64_t reduce) {
   return matrices * reduce * NR;
 }
 
-void pack_filter(int m, const FilterView& f, float* out, int threads);
+void pack_filter(Algo algo, const FilterView& f, float* out, int threads);
 
 }  // namespace WRN_ISA
 }  // namespace wrn_fast

@@ -36,8 +36,10 @@ WRN_INLINE int panel_vectors(int64_t columns, int64_t panel) {
   return columns - panel * NR <= VL ? 1 : NV_FULL;
 }
 
-// C has `rows` rows of nv*VL floats, ldc apart; cols: rows of A in a row of pixels.
-void gemm_panel(int nv, const Segment* segments, int n_segments, int64_t rows, int64_t cols, float* c, int64_t ldc);
+// C has `rows` rows of nv*VL floats, ldc apart; cols: rows of A in a row of pixels. next: the panel of the following
+// call, as long as the first segment's, to be fetched meanwhile; may be null.
+void gemm_panel(int nv, const Segment* segments, int n_segments, int64_t rows, int64_t cols, float* c, int64_t ldc,
+                const float* next);
 
 }  // namespace WRN_ISA
 }  // namespace wrn_fast

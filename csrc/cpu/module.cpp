@@ -77,7 +77,7 @@ FpropPointers pointers(Pointer x, Pointer w, int w_code, Pointer packed, Pointer
 }
 
 const char* name_of(Algo algo) {
-  return algo == Algo::f4 ? "f4" : algo == Algo::f2 ? "f2" : "direct";
+  return algo == Algo::f4 ? "f4" : algo == Algo::f2 ? "f2" : algo == Algo::f2s2 ? "f2s2" : "direct";
 }
 
 // FNV-1a over `samples` elements, `step` apart modulo `count`.
@@ -106,8 +106,15 @@ PYBIND11_MODULE(_cpu, m) {
       "isa", [] { return std::string(kernels().name); },
       "The instruction set in use; ValueError if WRN_FAST_ISA names one that cannot be had.");
   m.attr("MAX_TAPS") = kTapsMax;
-  m.def("scratch_bytes", &scratch_bytes, "Bytes of scratch that the calling thread holds.");
-  m.def("scratch_release", &scratch_release, "Gives the calling thread's scratch back.");
+  m.attr("HUGE_PAGE") = kHugePage;
+  m.def("scratch_bytes", &scratch_bytes, "Bytes of scratch and activations that the calling thread holds.");
+  m.def("scratch_release", &scratch_release, "Gives the calling thread's scratch and activations back.");
+  m.def(
+      "activations", [](int64_t bytes) { return reinterpret_cast<Pointer>(activation_block(bytes)); },
+      "A block that the calling thread keeps; valid until the next call.");
+  m.def(
+      "advise_huge_pages", [](Pointer data, int64_t bytes) { advise_huge_pages(reinterpret_cast<void*>(data), bytes); },
+      "Asks for huge pages in memory that has not been written yet.");
   m.def("fingerprint", &fingerprint, "A hash of `samples` elements that lie `step` apart.");
 
   py::class_<FpropPointers>(m, "FpropPointers", "The tensors of one fprop, in the order of csrc/cpu/plan.h; 0: absent.")

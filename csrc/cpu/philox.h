@@ -125,11 +125,11 @@ WRN_INLINE Vec kept(Words a, uint32_t threshold, float scale) {
 
 #endif
 
-// out [PHILOX_GROUP]: scale where kept, 0 where dropped, of the elements from 4 * first_block on.
-WRN_INLINE void philox_group(float* out, uint64_t first_block, const Dropout& d) {
+// out [4][VL]: scale where kept, 0 where dropped, of the VL elements from 4 * first_block + p * step on, p = 0 to 3.
+WRN_INLINE void philox_group(float* out, uint64_t first_block, uint64_t step, const Dropout& d) {
   uint32_t low[VL], high[VL];
   for (int i = 0; i < VL; ++i) {
-    const uint64_t block = first_block + static_cast<uint64_t>(i / 4 + i % 4 * (VL / 4));
+    const uint64_t block = first_block + static_cast<uint64_t>(i % 4) * (step >> 2) + static_cast<uint64_t>(i / 4);
     low[i] = static_cast<uint32_t>(block);
     high[i] = static_cast<uint32_t>(block >> 32);
   }
@@ -161,11 +161,11 @@ static inline __attribute__((noinline, unused)) void dropout_multipliers(float* 
   int64_t at = -(first & 3);
   for (uint64_t i = 0; at < n; i += VL, at += PHILOX_GROUP) {
     if (at >= 0 && at + PHILOX_GROUP <= n) {
-      philox_group(out + at, block + i, d);
+      philox_group(out + at, block + i, VL, d);
       continue;
     }
     float group[PHILOX_GROUP];
-    philox_group(group, block + i, d);
+    philox_group(group, block + i, VL, d);
     const int64_t begin = at < 0 ? -at : 0;
     const int64_t end = n - at < PHILOX_GROUP ? n - at : PHILOX_GROUP;
     memcpy(out + at + begin, group + begin, sizeof(float) * static_cast<size_t>(end - begin));
@@ -175,9 +175,28 @@ static inline __attribute__((noinline, unused)) void dropout_multipliers(float* 
 // What to multiply the VL elements from `first` on with.
 WRN_INLINE Vec dropout_vector(int64_t first, const Dropout& d) {
   float group[PHILOX_GROUP];
-  philox_group(group, static_cast<uint64_t>(first) >> 2, d);
+  philox_group(group, static_cast<uint64_t>(first) >> 2, VL, d);
   return load(group + (first & 3));
 }
+
+// dropout_vector at first, first + step, ...: four of them a draw, where both are multiples of 4.
+class DropoutRow {
+ public:
+  DropoutRow(const Dropout& d, int64_t first, int64_t step) : d_(d), first_(first), step_(step) {}
+
+  // To be called with j = 0, 1, 2, ...
+  Vec operator()(int64_t j) {
+    const int64_t at = first_ + j * step_;
+    if ((first_ | step_) & 3) return dropout_vector(at, d_);
+    if (j % 4 == 0) philox_group(group_, static_cast<uint64_t>(at) >> 2, static_cast<uint64_t>(step_), d_);
+    return load(group_ + j % 4 * VL);
+  }
+
+ private:
+  const Dropout& d_;
+  int64_t first_, step_;
+  float group_[PHILOX_GROUP];
+};
 
 }  // namespace WRN_ISA
 }  // namespace wrn_fast

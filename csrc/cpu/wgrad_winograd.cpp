@@ -48,7 +48,7 @@ Buffers lay_out(Parts& parts, const WinogradInput& in, const Tiles& tiles, const
   b.v_floats = kWgradMatrices * b.v_plane;
   b.products_plane = VL * NR + kPlanePad;
   b.products_floats = kWgradMatrices * b.products_plane;
-  b.input_floats = round_up(input_scratch_floats(4, in), 16);
+  b.input_floats = round_up(input_scratch_floats(Algo::f4, in), 16);
   b.d = parts.floats(items.vectors * b.d_panel);
   b.v = parts.floats(threads * b.v_floats);
   b.products = parts.floats(threads * b.products_floats);
@@ -125,7 +125,7 @@ void winograd_wgrad(const WgradArgs& args) {
   const Buffers b = lay_out(parts, in, tiles, items, args.threads);
   in.affine = b.affine;
   fill_affine(b.affine, in.prologue, in.C, round_up(in.C, VL));
-  const InputTransform transform = input_transform(4, in);
+  const InputTransform transform = input_transform(Algo::f4, in);
 
 #pragma omp parallel num_threads(args.threads)
   {

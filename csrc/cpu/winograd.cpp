@@ -2,11 +2,13 @@
 //
 // private chunks: each thread takes chunks of about 32 tiles, transforms them into its own V (L2) and runs all panels.
 //                 No barrier; the whole U streams from L3 once a chunk.
-// shared V:       with fewer than two chunks a thread, all threads transform one V and then share (panel, part) items.
+// shared V:       with too few chunks, all threads transform one V and then share (panel, part) items.
 // Neither changes a bit of the result: sums run over channels in one order, statistics over strips in one order.
 #include "winograd.h"
 
 #include <omp.h>
+
+#include "winograd_points.h"
 
 namespace wrn_fast {
 namespace WRN_ISA {
@@ -14,10 +16,28 @@ namespace {
 
 // Measured on Zen 4 (1 MB L2): 32 is best at C = 160 and 640, 32-128 equal at 320.
 constexpr int64_t kChunkTiles = 32;
+// A U that several chunks may stream at once without regret: where it stays in L3 one chunk a thread is enough, down to
+// 16 tiles (160@32, one image, 2 cores: 0.72 ms against 1.05 with a shared V, half of which lies in the other core's
+// L2).
+constexpr int64_t kStreamBytes = int64_t{8} << 20;
+constexpr int64_t kChunkTilesLeast = 16;
 // A V larger than this is cut into rounds; it bounds scratch when many threads share a large batch.
 constexpr int64_t kSharedBytes = int64_t{32} << 20;
 // Plane strides off the powers of two: the planes of V would otherwise fall on the same cache sets.
 constexpr int64_t kPlanePad = 16;
+// A transformed filter above this does not stay in L2 from one chunk of tiles to the next.
+constexpr int64_t kFetchBytes = int64_t{1} << 20;
+
+int matrices_of(Algo algo) {
+  return tile_products(algo) * tile_products(algo);
+}
+
+// The filter matrix that product x takes: the last two of a dimension share one at stride 2.
+int filter_of(Algo algo, int x) {
+  if (algo != Algo::f2s2) return x;
+  const int i = x / 5, j = x % 5;
+  return (i < 3 ? i : 3) * 4 + (j < 3 ? j : 3);
+}
 
 struct Plan {
   bool shared;
@@ -30,15 +50,19 @@ struct Plan {
 Plan make_plan(const WinogradCall& call, const Strips& strips, int64_t panels) {
   const WinogradInput& in = call.input;
   const int64_t count = strips.count(), threads = call.threads;
-  int64_t per_chunk = kChunkTiles / in.tile_cols;
-  if (per_chunk < 1) per_chunk = 1;
-  int64_t chunks = (count + per_chunk - 1) / per_chunk;
-  if (threads == 1 || chunks >= 2 * threads) {
+  const auto chunks_of = [&](int64_t tiles) {
+    const int64_t strips_each = tiles < in.tile_cols ? 1 : tiles / in.tile_cols;
+    return (count + strips_each - 1) / strips_each;
+  };
+  const bool streams = filter_floats(call.algo, call.filter) * 4 <= kStreamBytes;
+  int64_t chunks = chunks_of(kChunkTiles);
+  if (streams && chunks < threads) chunks = chunks_of(kChunkTilesLeast);
+  if (threads == 1 || chunks >= (streams ? 1 : 2) * threads) {
     chunks = round_up(chunks, threads);
     const int64_t even = (count + chunks - 1) / chunks;
     return {false, even, 1, even, in.padded};
   }
-  const int64_t strip_bytes = (call.m + 2) * (call.m + 2) * in.tile_cols * in.padded * 4;
+  const int64_t strip_bytes = matrices_of(call.algo) * in.tile_cols * in.padded * 4;
   int64_t round = kSharedBytes / strip_bytes;
   round = round < 1 ? 1 : round > count ? count : round;
   // Enough parts that panels * parts keeps at least 90 % of the threads busy, no more: each part reads U again.
@@ -64,15 +88,15 @@ struct Buffers {
 
 Buffers lay_out(Parts& parts, const WinogradCall& call, const Plan& plan, const Strips& strips, bool statistics) {
   const WinogradInput& in = call.input;
-  const int64_t matrices = (call.m + 2) * (call.m + 2), threads = call.threads;
+  const int64_t matrices = matrices_of(call.algo), m = tile_outputs(call.algo), threads = call.threads;
   Buffers b = {};
   b.affine = reserve_affine(parts, in.prologue, in.padded);
-  if (!call.packed) b.packed = parts.floats(filter_floats(call.m, call.filter));
+  if (!call.packed) b.packed = parts.floats(filter_floats(call.algo, call.filter));
   if (statistics) b.records = parts.floats(records_floats(call.epilogue, strips.count()));
   b.v_floats = matrices * (plan.chunk_strips * in.tile_cols * in.padded + kPlanePad);
   b.products_floats = plan.part_strips * in.tile_cols * matrices * NR;
-  b.tile_floats = (call.m * call.m + RECORD) * NR;
-  b.input_floats = round_up(input_scratch_floats(call.m, in), 16);
+  b.tile_floats = (m * m + RECORD) * NR;
+  b.input_floats = round_up(input_scratch_floats(call.algo, in), 16);
   b.v = parts.floats(b.v_floats * (plan.shared ? 1 : threads));
   b.products = parts.floats(b.products_floats * threads);
   b.tile = parts.floats(b.tile_floats * threads);
@@ -90,20 +114,26 @@ struct Worker {
   float *products, *tile, *state;
 
   int64_t pixel(int64_t strip, int64_t t) const {
-    const int64_t image = strip / strips.per_image(), row = strip % strips.per_image() * call.m;
-    return (image * strips.height + row) * strips.width + t * call.m;
+    const int64_t image = strip / strips.per_image(), row = strip % strips.per_image() * strips.strip_rows;
+    return (image * strips.height + row) * strips.width + t * strips.strip_rows;
   }
 
   // v: tile 0 of strip `begin`.
   void panel(int64_t p, const float* v, int64_t begin, int64_t end) const {
     const WinogradInput& in = call.input;
-    const int matrices = (call.m + 2) * (call.m + 2);
+    const int matrices = matrices_of(call.algo), filters = filter_matrices(call.algo, call.filter);
     const int nv = panel_vectors(call.out_C, p), width = nv * VL;
-    const float* u = packed + p * panel_floats(matrices, in.C);
+    const float* u = packed + p * panel_floats(filters, in.C);
     const int64_t tiles = (end - begin) * in.tile_cols;
+    const bool far = filters * in.C * call.out_C * 4 > kFetchBytes;
     for (int x = 0; x < matrices; ++x) {
-      const Segment segment = {v + x * plane, 0, in.padded, u + x * in.C * width, in.C};
-      gemm_panel(nv, &segment, 1, tiles, tiles, products + x * width, matrices * width);
+      const Segment segment = {v + x * plane, 0, in.padded, u + filter_of(call.algo, x) * in.C * width, in.C};
+      const float* next = nullptr;
+      if (far && x + 1 < matrices)
+        next = u + filter_of(call.algo, x + 1) * in.C * width;
+      else if (far && p + 1 < panel_count(call.out_C))
+        next = u + panel_floats(filters, in.C);
+      gemm_panel(nv, &segment, 1, tiles, tiles, products + x * width, matrices * width, next);
     }
     for (int64_t s = begin; s < end; ++s)
       finish_strip(p, s, s + 1 < end, products + (s - begin) * in.tile_cols * matrices * width);
@@ -111,7 +141,7 @@ struct Worker {
 
   void finish_strip(int64_t p, int64_t strip, bool more, const float* strip_products) const {
     const Epilogue& e = call.epilogue;
-    const int m = call.m, nv = panel_vectors(call.out_C, p), width = nv * VL;
+    const int m = tile_outputs(call.algo), nv = panel_vectors(call.out_C, p), width = nv * VL;
     const int64_t tiles = call.input.tile_cols, k0 = p * NR;
     const int64_t top = strip % strips.per_image() * m;
     OutTile t = {};
@@ -130,7 +160,7 @@ struct Worker {
         prefetch_tile(e, pixel(strip, ahead), strips.width, t.rows, m, k0, t.kn);
       else if (more && ahead - tiles < tiles)
         prefetch_tile(e, pixel(strip + 1, ahead - tiles), strips.width, m, m, k0, t.kn);
-      output(strip_products + j * (m + 2) * (m + 2) * width, nv, tile);
+      output(strip_products + j * matrices_of(call.algo) * width, nv, tile);
       t.cols = static_cast<int>(strips.width - j * m < m ? strips.width - j * m : m);
       t.pixel = pixel(strip, j);
       e.run(e, t);
@@ -145,7 +175,7 @@ struct Worker {
 void winograd(const WinogradCall& given, float* statistics) {
   WinogradCall call = given;
   WinogradInput& in = call.input;
-  const int m = call.m;
+  const int m = tile_outputs(call.algo);
   in.padded = round_up(in.C, VL);
   in.tile_cols = (call.out_W + m - 1) / m;
   const Strips strips = {in.N, call.out_H, call.out_W, m};
@@ -162,10 +192,10 @@ void winograd(const WinogradCall& given, float* statistics) {
   fill_affine(b.affine, in.prologue, in.C, in.padded);
   set_records(call.epilogue, b.records, strips.count());
   if (b.packed) {
-    pack_filter(m, call.filter, b.packed, call.threads);
+    pack_filter(call.algo, call.filter, b.packed, call.threads);
     call.packed = b.packed;
   }
-  const InputTransform input = input_transform(m, in);
+  const InputTransform input = input_transform(call.algo, in);
   const int64_t per_image = strips.per_image(), strip_floats = in.tile_cols * in.padded;
   const int64_t plane = plan.chunk_strips * strip_floats + kPlanePad;
   const int64_t rounds = (count + plan.chunk_strips - 1) / plan.chunk_strips;
@@ -177,7 +207,7 @@ void winograd(const WinogradCall& given, float* statistics) {
     float* scratch = b.input + id * b.input_floats;
     float* tile = b.tile + id * b.tile_floats;
     const Worker worker = {
-        call, strips,           output_transform(m), call.packed, plane, b.products + id * b.products_floats,
+        call, strips,           output_transform(call.algo), call.packed, plane, b.products + id * b.products_floats,
         tile, tile + m * m * NR};
     if (!plan.shared) {
 #pragma omp for schedule(dynamic, 1)

@@ -1,9 +1,10 @@
-// Fused Winograd F(m x m, 3x3), m = 4 or 2, stride 1: y = A^T [ (G w G^T) * (B^T prologue(x) B) ] A, then the epilogue.
+// Fused Winograd F(m x m, 3x3), m = 4 or 2: y = A^T [ (G w G^T) * (B^T prologue(x) B) ] A, then the epilogue.
 //
 // Points 0, +-5/8, +-3/2, infinity for m = 4 (2.2x less error than the usual 0, +-1, +-2 at the same cost, every
-// constant exact in fp32) and 0, +-1, infinity for m = 2. A row of tiles of one image is a strip: the unit of the input
-// transform, of work and of statistics. V [m+2 squared][tiles][channels] is multiplied panel by panel into M
-// [tile][(m+2)^2][NR], which the output transform consumes while it is in L2.
+// constant exact in fp32) and 0, +-1, infinity for m = 2; at stride 2 a polyphase form (winograd_points.h). A row of
+// tiles of one image is a strip: the unit of the input transform, of work and of statistics. V
+// [n squared][tiles][channels], n products a dimension, is multiplied panel by panel into M [tile][n squared][NR],
+// which the output transform consumes while it is in L2.
 #pragma once
 
 #include "conv.h"
@@ -29,16 +30,16 @@ struct WinogradInput {
 // Transforms channels [c0, c1) (multiples of VL) of one strip; tile j goes to v[xi * plane + j * in.padded + c].
 using InputTransform = void (*)(const WinogradInput& in, int64_t image, int64_t tile_row, int64_t c0, int64_t c1,
                                 float* v, int64_t plane, float* scratch);
-InputTransform input_transform(int m, const WinogradInput& in);
-int64_t input_scratch_floats(int m, const WinogradInput& in);
+InputTransform input_transform(Algo algo, const WinogradInput& in);
+int64_t input_scratch_floats(Algo algo, const WinogradInput& in);
 
-// products [(m+2)^2][nv * VL] of one tile -> tile [m][m][nv * VL].
+// products [n squared][nv * VL] of one tile -> tile [m][m][nv * VL].
 using OutputTransform = void (*)(const float* products, int nv, float* tile);
-OutputTransform output_transform(int m);
+OutputTransform output_transform(Algo algo);
 
 // Everything that fprop and dgrad do not share has been resolved: source, filter orientation, epilogue.
 struct WinogradCall {
-  int m;
+  Algo algo;
   int threads;
   WinogradInput input;
   FilterView filter;

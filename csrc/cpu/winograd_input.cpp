@@ -11,8 +11,8 @@ namespace wrn_fast {
 namespace WRN_ISA {
 namespace {
 
-int64_t strip_columns(int m, const WinogradInput& in) {
-  return in.tile_cols * m + 2;
+int64_t strip_columns(Algo algo, const WinogradInput& in) {
+  return in.tile_cols * tile_step(algo) + tile_products(algo) - tile_step(algo);
 }
 
 // One block of VL channels of the strip: rows[i] points at (row i, column 0) or is null outside the image.
@@ -24,15 +24,15 @@ struct Block {
   int64_t multiplier_pixel;
 };
 
-template <int M, class T, bool AFFINE, Act act, bool ALL_ROWS>
-WRN_INLINE void vertical(const WinogradInput& in, const Block<T>& block, int64_t c, float* columns) {
-  constexpr int n = M + 2;
+template <Algo ALGO, class T, bool AFFINE, Act act, bool ALL_ROWS>
+WRN_INLINE void vertical(const WinogradInput& in, const Block<T>& block, int64_t c, int64_t width, float* columns) {
+  constexpr int n = tile_products(ALGO);
   const Vec center = AFFINE ? load(in.affine.center + c) : zero();
   const Vec scale = AFFINE ? load(in.affine.scale + c) : zero();
   const Vec shift = AFFINE ? load(in.affine.shift + c) : zero();
   const Vec slope = broadcast(in.prologue.slope);
   const bool drop = in.prologue.dropout.active;
-  for (int64_t w = 0; w < in.W; ++w) {
+  for (int64_t w = 0; w < width; ++w) {
     Vec d[n], o[n];
 #pragma GCC unroll 6
     for (int i = 0; i < n; ++i) {
@@ -44,39 +44,41 @@ WRN_INLINE void vertical(const WinogradInput& in, const Block<T>& block, int64_t
         d[i] = v;
       }
     }
-    input_1d<M>(d, 1, o, 1);
+    input_1d<ALGO>(d, 1, o, 1);
 #pragma GCC unroll 6
     for (int i = 0; i < n; ++i) store(columns + (w * n + i) * VL, o[i]);
   }
 }
 
-template <int M>
+template <Algo ALGO>
 WRN_INLINE void horizontal(const float* columns, int64_t tiles, float* v, int64_t plane, int64_t tile) {
-  constexpr int n = M + 2;
+  constexpr int n = tile_products(ALGO);
   for (int64_t t = 0; t < tiles; ++t) {
-    const float* column = columns + t * M * n * VL;
+    const float* column = columns + t * tile_step(ALGO) * n * VL;
 #pragma GCC unroll 6
     for (int i = 0; i < n; ++i) {
       Vec d[n], o[n];
 #pragma GCC unroll 6
       for (int j = 0; j < n; ++j) d[j] = load(column + (j * n + i) * VL);
-      input_1d<M>(d, 1, o, 1);
+      input_1d<ALGO>(d, 1, o, 1);
 #pragma GCC unroll 6
       for (int j = 0; j < n; ++j) store(v + (i * n + j) * plane + t * tile, o[j]);
     }
   }
 }
 
-template <int M, class T, bool AFFINE, Act act>
+template <Algo ALGO, class T, bool AFFINE, Act act>
 void strip(const WinogradInput& in, int64_t image, int64_t tile_row, int64_t c0, int64_t c1, float* v, int64_t plane,
            float* scratch) {
-  constexpr int n = M + 2;
-  const int64_t top = tile_row * M - in.pad_top, columns = strip_columns(M, in);
+  constexpr int n = tile_products(ALGO);
+  const int64_t top = tile_row * tile_step(ALGO) - in.pad_top, columns = strip_columns(ALGO, in);
+  // At stride 2 the last pixels of a row may be out of reach.
+  const int64_t reached = in.pad_left + in.W < columns ? in.W : columns - in.pad_left;
   float* column = scratch;
   float* multipliers = column + columns * n * VL;
   // Columns outside the image stay zero for every block of channels.
   for (int64_t w = 0; w < in.pad_left * n * VL; w += VL) store(column + w, zero());
-  for (int64_t w = (in.pad_left + in.W) * n * VL; w < columns * n * VL; w += VL) store(column + w, zero());
+  for (int64_t w = (in.pad_left + reached) * n * VL; w < columns * n * VL; w += VL) store(column + w, zero());
 
   const T* rows[n];
   const int64_t row_elements = in.W * in.C;
@@ -117,37 +119,39 @@ void strip(const WinogradInput& in, int64_t image, int64_t tile_row, int64_t c0,
     }
     float* inner = column + in.pad_left * n * VL;
     if (all_rows)
-      vertical<M, T, AFFINE, act, true>(in, block, c, inner);
+      vertical<ALGO, T, AFFINE, act, true>(in, block, c, reached, inner);
     else
-      vertical<M, T, AFFINE, act, false>(in, block, c, inner);
-    horizontal<M>(column, in.tile_cols, v + c, plane, in.padded);
+      vertical<ALGO, T, AFFINE, act, false>(in, block, c, reached, inner);
+    horizontal<ALGO>(column, in.tile_cols, v + c, plane, in.padded);
   }
 }
 
-template <int M, class T>
+template <Algo ALGO, class T>
 InputTransform strip_for(const WinogradInput& in) {
   switch (in.prologue.act) {
     case Act::relu:
-      return strip<M, T, true, Act::relu>;
+      return strip<ALGO, T, true, Act::relu>;
     case Act::leaky_relu:
-      return strip<M, T, true, Act::leaky_relu>;
+      return strip<ALGO, T, true, Act::leaky_relu>;
     case Act::silu:
-      return strip<M, T, true, Act::silu>;
+      return strip<ALGO, T, true, Act::silu>;
     default:
-      return in.affine.center ? strip<M, T, true, Act::identity> : strip<M, T, false, Act::identity>;
+      return in.affine.center ? strip<ALGO, T, true, Act::identity> : strip<ALGO, T, false, Act::identity>;
   }
 }
 
 }  // namespace
 
-InputTransform input_transform(int m, const WinogradInput& in) {
-  if (in.dtype == DType::f32) return m == 4 ? strip_for<4, float>(in) : strip_for<2, float>(in);
-  return m == 4 ? strip_for<4, bf16>(in) : strip_for<2, bf16>(in);
+InputTransform input_transform(Algo algo, const WinogradInput& in) {
+  const bool wide = in.dtype == DType::f32;
+  if (algo == Algo::f2s2) return wide ? strip_for<Algo::f2s2, float>(in) : strip_for<Algo::f2s2, bf16>(in);
+  if (algo == Algo::f2) return wide ? strip_for<Algo::f2, float>(in) : strip_for<Algo::f2, bf16>(in);
+  return wide ? strip_for<Algo::f4, float>(in) : strip_for<Algo::f4, bf16>(in);
 }
 
-int64_t input_scratch_floats(int m, const WinogradInput& in) {
-  const int64_t n = m + 2;
-  int64_t floats = strip_columns(m, in) * n * VL;
+int64_t input_scratch_floats(Algo algo, const WinogradInput& in) {
+  const int64_t n = tile_products(algo);
+  int64_t floats = strip_columns(algo, in) * n * VL;
   if (in.prologue.dropout.active) floats += n * (in.W * in.C + VL);
   if (in.C % VL) floats += n * in.W * VL;
   return floats;

@@ -6,9 +6,9 @@ namespace wrn_fast {
 namespace WRN_ISA {
 namespace {
 
-template <int M>
+template <Algo ALGO>
 void tile(const float* products, int nv, float* out) {
-  constexpr int n = M + 2;
+  constexpr int M = tile_outputs(ALGO), n = tile_products(ALGO);
   const int width = nv * VL;
   for (int c = 0; c < width; c += VL) {
     Vec t[M * n];
@@ -17,12 +17,12 @@ void tile(const float* products, int nv, float* out) {
       Vec p[n];
 #pragma GCC unroll 6
       for (int i = 0; i < n; ++i) p[i] = load(products + (i * n + j) * width + c);
-      output_1d<M>(p, 1, t + j, n);
+      output_1d<ALGO>(p, 1, t + j, n);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < M; ++i) {
       Vec o[M];
-      output_1d<M>(t + i * n, 1, o, 1);
+      output_1d<ALGO>(t + i * n, 1, o, 1);
 #pragma GCC unroll 4
       for (int j = 0; j < M; ++j) store(out + (i * M + j) * width + c, o[j]);
     }
@@ -31,8 +31,8 @@ void tile(const float* products, int nv, float* out) {
 
 }  // namespace
 
-OutputTransform output_transform(int m) {
-  return m == 4 ? tile<4> : tile<2>;
+OutputTransform output_transform(Algo algo) {
+  return algo == Algo::f4 ? tile<Algo::f4> : algo == Algo::f2 ? tile<Algo::f2> : tile<Algo::f2s2>;
 }
 
 }  // namespace WRN_ISA

@@ -1,18 +1,43 @@
-// One-dimensional Winograd transforms, points 0, +-5/8, +-3/2 and infinity for M = 4. Rows of B^T are the polynomials
+// One-dimensional Winograd transforms, points 0, +-5/8, +-3/2 and infinity for f4. Rows of B^T are the polynomials
 // prod_{j != i} (x - p_j). Rows of A^T are the powers of the points times 1/prod (p_i - p_j), except that of point 0,
 // which is in G (filter.cpp).
+//
+// f2s2: y0 = w0 d0 + w1 d1 + w2 d2, y1 = w0 d2 + w1 d3 + w2 d4 is F(2,2) of the taps w0, w2 on the even inputs (three
+// products) and w1 on the odd ones (two products with one filter): 5 for 6, 25 for 36 in two dimensions.
 #pragma once
 
+#include "../problem.h"
 #include "vec.h"
 
 namespace wrn_fast {
 namespace WRN_ISA {
 
-// d[i * sd] -> o[i * so], i < M + 2. F(4,3): 12 operations, all on exact constants.
-template <int M>
+// In one dimension: outputs of a tile, products, and distinct filter values among these; input pixels from one tile to
+// the next.
+constexpr int tile_outputs(Algo algo) {
+  return algo == Algo::f4 ? 4 : 2;
+}
+constexpr int tile_products(Algo algo) {
+  return algo == Algo::f4 ? 6 : algo == Algo::f2 ? 4 : 5;
+}
+constexpr int tile_filters(Algo algo) {
+  return algo == Algo::f4 ? 6 : 4;
+}
+constexpr int tile_step(Algo algo) {
+  return algo == Algo::f2 ? 2 : 4;
+}
+
+// d[i * sd] -> o[i * so], i < tile_products. F(4,3): 12 operations, all on exact constants.
+template <Algo ALGO>
 WRN_INLINE void input_1d(const Vec* d, int sd, Vec* o, int so) {
   const Vec d0 = d[0], d1 = d[sd], d2 = d[2 * sd], d3 = d[3 * sd];
-  if constexpr (M == 4) {
+  if constexpr (ALGO == Algo::f2s2) {
+    o[0] = d0 - d2;
+    o[so] = d2;
+    o[2 * so] = d[4 * sd] - d2;
+    o[3 * so] = d1;
+    o[4 * so] = d3;
+  } else if constexpr (ALGO == Algo::f4) {
     const Vec a = broadcast(5.f / 8), b = broadcast(3.f / 2);
     const Vec aa = broadcast(25.f / 64), bb = broadcast(9.f / 4);
     const Vec aabb = broadcast(225.f / 256), aa_bb = broadcast(169.f / 64);
@@ -33,10 +58,13 @@ WRN_INLINE void input_1d(const Vec* d, int sd, Vec* o, int so) {
   }
 }
 
-// p[i * sp], i < M + 2 -> o[i * so], i < M.
-template <int M>
+// p[i * sp], i < tile_products -> o[i * so], i < tile_outputs.
+template <Algo ALGO>
 WRN_INLINE void output_1d(const Vec* p, int sp, Vec* o, int so) {
-  if constexpr (M == 4) {
+  if constexpr (ALGO == Algo::f2s2) {
+    o[0] = p[0] + p[sp] + p[3 * sp];
+    o[so] = p[sp] + p[2 * sp] + p[4 * sp];
+  } else if constexpr (ALGO == Algo::f4) {
     constexpr double a = 0.625, b = 1.5, na = 2 * a * a * (a * a - b * b), nb = 2 * b * b * (b * b - a * a);
     const auto constant = [](double v) { return broadcast(static_cast<float>(v)); };
     const Vec even_a = p[sp] + p[2 * sp], odd_a = p[sp] - p[2 * sp];

@@ -66,6 +66,51 @@ def near_kink(case):
     return p.act in ("relu", "leaky_relu") and bool((v.abs() < KINK).any())
 
 
+def integers(*shape, most, dtype=torch.float32):
+    return torch.randint(-most, most + 1, shape).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def integer_case(dtype, n, c, k, h, w, stride, pad, most=1):
+    """Whole numbers for the mean, variance 1/4, powers of two or 0 for gamma: every sum is exact in float32."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    problem = oracle.draw(0, dtype, device="cpu", N=n, H=h, W=w, C=c, K=k, taps=(3, 3), stride=stride, pad=pad,
+                          act="relu", eps=0.0, prologue=True, affine=True, batch_stats=False, p=0.0, drop_at="none",
+                          bias=True, residual=True, short_C=0, act_out="none", want_y=True, want_stats=False,
+                          w_dtype=dtype).problem  # fmt: skip
+    vector = lambda m: torch.randint(-1, 2, (m,)).to(wide)
+    tensors = {
+        "x": integers(n, c, h, w, most=2 * most, dtype=dtype),
+        "w": integers(k, c, 3, 3, most=most, dtype=dtype),
+        "dy": integers(n, k, problem.P, problem.Q, most=most, dtype=dtype),
+        "stats": torch.stack([vector(c), torch.full((c,), 0.25, dtype=wide)]),
+        "gamma": torch.tensor([0.5, -0.5, 1.0, 0.0]).to(wide)[torch.randint(0, 4, (c,))],
+        "beta": vector(c),
+        "bias": vector(k),
+        "residual": integers(n, k, problem.P, problem.Q, most=most, dtype=dtype),
+        **dict.fromkeys(
+            ("x_short", "w_short", "stats_short", "gamma_short", "beta_short", "rng", "out_scale", "out_shift")
+        ),
+    }
+    return oracle.Case(problem, tensors)
+
+
+def arrange(v, how):
+    """The same values under other strides."""
+    if v is None or not v.is_floating_point() or how == "dense":
+        return v
+    if v.dim() != 4:
+        return torch.stack([v, v], dim=-1)[..., 0]
+    if how == "NCHW":
+        return v.contiguous()
+    if how == "sliced":
+        big = torch.full([size + 3 for size in v.shape], float("nan"), dtype=v.dtype, device=v.device)
+        view = big[tuple(slice(1, 1 + size) for size in v.shape)]
+        return view.copy_(v)
+    if how == "transposed":
+        return v.transpose(2, 3).contiguous().transpose(2, 3)
+    return v[:1, :, :, :1].expand(v.shape)
+
+
 # The primitives through the operators.
 
 

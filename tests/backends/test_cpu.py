@@ -174,12 +174,27 @@ def test_the_bound_of_winograd(channels, exactness, algorithm, seed):
     assert parity.error(g, oracle.gradients(case)[0]) <= parity.WINOGRAD[algorithm]
 
 
+@pytest.mark.parametrize("channels", (32, 160, 320))
+def test_the_bound_of_the_polyphase_form(channels, seed):
+    """Stride 2, where it is the policy's choice for fprop alone."""
+    case = oracle.draw(
+        seed, torch.float32, taps=(3, 3), stride=2, pad=(1, 1, 1, 1), N=2, H=16, W=16, C=channels, K=2 * channels,
+        act="relu", prologue=True, affine=False, batch_stats=False, drop_at="none", p=0.0, bias=False, residual=False,
+        short_C=0, short_prologue=False, act_out="none", want_y=True, want_stats=True,
+    )  # fmt: skip
+    plan = cpu._plan(case.problem)
+    assert plan.fprop_algo == "f2s2" and plan.dgrad_algo == "direct"
+    assert parity.error(fprop(cpu, case)[0], oracle.fprop(case)[0]) <= parity.WINOGRAD["f2s2"]
+    with precision("direct"):
+        assert cpu._plan(case.problem).fprop_algo == "direct"
+
+
 @pytest.mark.parametrize("exactness", ("direct", "f2"))
 @pytest.mark.parametrize("stride", (1, 2))
 def test_small_integers_are_exact(exactness, stride, seed):
     """F(2x2) scales by quarters, the direct kernel by nothing: products and sums of small integers have no rounding."""
     case = oracle.draw(
-        seed, torch.float32, taps=(3, 3), stride=stride, pad=(1, 0, 2, 1), H=9, W=11, C=20, K=36, prologue=False,
+        seed, torch.float32, taps=(3, 3), stride=stride, pad=(1, 0, 2, 1), H=9, W=11, C=36, K=36, prologue=False,
         act="relu", drop_at="none", p=0.0, bias=True, residual=True, short_C=5, short_stride=1, short_prologue=False,
         short_act="identity", act_out="none", want_y=True, want_stats=False,
     )  # fmt: skip
@@ -187,6 +202,8 @@ def test_small_integers_are_exact(exactness, stride, seed):
         if t is not None and t.is_floating_point():
             case.tensors[name] = torch.randint_like(t, -4, 5)
     with precision(exactness):
+        algorithm = "f2s2" if exactness == "f2" and stride == 2 else exactness
+        assert cpu._plan(case.problem).fprop_algo == algorithm
         assert parity.mismatch(fprop(cpu, case)[0], oracle.fprop(case)[0]) is None
         assert parity.mismatch(dgrad(cpu, case)[0], oracle.gradients(case)[0]) is None
 

@@ -42,7 +42,7 @@ def compiled(request, tmp_path_factory):
     """(ptxas's report, SASS) of one file for sm_90a."""
     cubin = tmp_path_factory.mktemp("cubin") / f"{request.param}.cubin"
     source = CUDA / f"{request.param}.cu"
-    flags = ["-std=c++17", "-O3", "-arch=sm_90a", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}"]
+    flags = ["-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}"]
     report = run(tool("nvcc"), *flags, "-cubin", str(source), "-o", str(cubin))
     return report, run(tool("cuobjdump"), "-sass", str(cubin))
 

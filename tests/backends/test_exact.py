@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from backends import eager
-from backends.harness import ALGORITHM, RUN, draw, on_device, run_fprop
+from backends.harness import ALGORITHM, RUN, arrange, draw, integer_case, on_device, run_fprop
 from kernels import oracle
 
 from wrn_fast import dispatch, parity
@@ -17,35 +17,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::wrn_fast.FallbackWarning")
 
 
 # Exact integers.
-
-
-def integers(*shape, most, dtype=torch.float32):
-    return torch.randint(-most, most + 1, shape).to(dtype).contiguous(memory_format=torch.channels_last)
-
-
-def integer_case(dtype, n, c, k, h, w, stride, pad, most=1):
-    """Whole numbers for the mean, variance 1/4, powers of two for gamma: every sum is exact in float32."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    problem = oracle.draw(0, dtype, device="cpu", N=n, H=h, W=w, C=c, K=k, taps=(3, 3), stride=stride, pad=pad,
-                          act="relu", eps=0.0, prologue=True, affine=True, batch_stats=False, p=0.0, drop_at="none",
-                          bias=True, residual=True, short_C=0, act_out="none", want_y=True, want_stats=False,
-                          w_dtype=dtype).problem  # fmt: skip
-    vector = lambda m: torch.randint(-1, 2, (m,)).to(wide)
-    tensors = {
-        "x": integers(n, c, h, w, most=2 * most, dtype=dtype),
-        "w": integers(k, c, 3, 3, most=most, dtype=dtype),
-        "dy": integers(n, k, problem.P, problem.Q, most=most, dtype=dtype),
-        "stats": torch.stack([vector(c), torch.full((c,), 0.25, dtype=wide)]),
-        "gamma": torch.tensor([0.5, -0.5, 1.0]).to(wide)[torch.randint(0, 3, (c,))],
-        "beta": vector(c),
-        "bias": vector(k),
-        "residual": integers(n, k, problem.P, problem.Q, most=most, dtype=dtype),
-        **dict.fromkeys(
-            ("x_short", "w_short", "stats_short", "gamma_short", "beta_short", "rng", "out_scale", "out_shift")
-        ),
-    }
-    return oracle.Case(problem, tensors)
-
 
 IMAGES = list(itertools.product(range(1, 14), range(1, 14)))
 PADS = {"no padding": (0, 0, 0, 0), "padding 1": (1, 1, 1, 1), "right and bottom": (0, 1, 0, 1)}
@@ -102,6 +73,24 @@ def test_integers_too_wide_for_the_dtype_are_rounded_once(backend, op, dtype):
 # Special values, layouts, order of computation.
 
 
+@pytest.mark.parametrize("op", RUN)
+def test_denormals_are_kept(backend, op):
+    """Whole multiples of 2^-140 stay exact sums of whole multiples; a mode that flushes them would leave zeros."""
+    case = integer_case(torch.float32, 2, 24, 20, 9, 7, 1, (1, 1, 1, 1))
+    none = dict.fromkeys(("stats", "gamma", "beta", "bias", "residual"))
+    tiny = {name: case.tensors[name] * 2.0**-140 for name in ("x", "dy") if op != "wgrad" or name == "dy"}
+    plain = case.problem._replace(prologue=False, affine=False, act="identity", bias=False, residual=False)
+    case = on_device(oracle.Case(plain, {**case.tensors, **none, **tiny}), backend)
+    reason = dispatch.load(backend).unsupported(op, case.problem)
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
+    with precision("direct"):
+        got = RUN[op](case)[0]
+    want = oracle.fprop(case)[0] if op == "fprop" else oracle.gradients(case)[op == "wgrad"]
+    assert 0 < want.abs().max() < torch.finfo(torch.float32).tiny
+    assert parity.mismatch(got, want) is None, parity.mismatch(got, want)
+
+
 @pytest.mark.parametrize("exactness", ["direct", "fast"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("act", ["identity", "relu", "silu", "leaky_relu"])
@@ -129,23 +118,6 @@ def test_nan_in_the_gradient_is_not_swallowed(backend, op, seed):
     case.dy[0, 0, 1, 1] = float("nan")
     got, want = RUN[op](case)[0], eager.gradients(case)[op == "wgrad"]
     assert (got.isfinite() <= want.isfinite()).all()
-
-
-def arrange(v, how):
-    """The same values under other strides."""
-    if v is None or not v.is_floating_point() or how == "dense":
-        return v
-    if v.dim() != 4:
-        return torch.stack([v, v], dim=-1)[..., 0]
-    if how == "NCHW":
-        return v.contiguous()
-    if how == "sliced":
-        big = torch.full([size + 3 for size in v.shape], float("nan"), dtype=v.dtype, device=v.device)
-        view = big[tuple(slice(1, 1 + size) for size in v.shape)]
-        return view.copy_(v)
-    if how == "transposed":
-        return v.transpose(2, 3).contiguous().transpose(2, 3)
-    return v[:1, :, :, :1].expand(v.shape)
 
 
 @pytest.mark.parametrize("how", ["dense", "NCHW", "sliced", "transposed", "expanded"])

@@ -177,7 +177,7 @@ def test_variations_are_legal_and_differ_in_the_knob(op):
 
 
 def test_a_tuned_row_goes_before_the_rule_and_an_illegal_one_is_left_out(monkeypatch):
-    tile = {"rows": 64, "red": 32, "cols": [32, 16], "warps": 4, "stages": 1, "apply": False, "splits": 1}
+    tile = {"rows": 64, "red": 32, "cols": [32, 16], "warps": 4, "stages": 1, "apply": False, "splits": 1, "box": False}
     monkeypatch.setattr(tuned, "lookup", lambda *args: tile)
     triton.config.cache_clear()
     assert triton.config("fprop", PLAIN, None) == configs.from_row(tile)

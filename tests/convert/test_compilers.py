@@ -102,3 +102,19 @@ def test_stacked_models_under_vmap():
     got = torch.vmap(one)(parameters, buffers)
     for i, model in enumerate(models):
         assert parity.error(got[i], model(x)) <= parity.FLOAT64
+
+
+@pytest.mark.long
+def test_compiled_ahead_of_time(tmp_path):
+    """AOTInductor: a package whose C++ calls the operators; it runs in a process that has imported this library."""
+    plain, fast = (m.eval() for m in twins(net().float()))
+    x = image().float()
+    program = torch.export.export(fast, (x,))
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    loaded = torch._inductor.aoti_load_package(path)
+    for _ in range(3):
+        x = image().float()
+        with torch.no_grad():
+            want = copy.deepcopy(plain).double()(x.double())
+            bound = parity.one_seed_bound(parity.error(plain(x), want), torch.float32)
+            assert parity.error(loaded(x), want) <= bound

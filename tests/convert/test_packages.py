@@ -1,5 +1,6 @@
-"""Packages from PyPI that build such networks (optional): pytorchcv, robustbench, torch-uncertainty, torchattacks."""
+"""Packages from PyPI that build such networks (optional): pytorchcv, robustbench, torchvision, timm."""
 
+import copy
 import importlib.util
 import sys
 from pathlib import Path
@@ -7,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from convert.networks import assert_equal, observe, randomised, twins
-from families import family_x
 
+from wrn_fast import parity
 from wrn_fast.block import FastBlock
 from wrn_fast.convert import report
+from wrn_fast.convert.swap import FastBottleneck
 
 
 def module_of(package, *inside):
@@ -64,14 +66,24 @@ def test_a_packages_network_is_accelerated_and_equal(name):
         assert_equal(observe(fast, x, training), observe(plain, x, training))
 
 
-def test_projected_gradient_descent_of_torchattacks():
-    torchattacks = pytest.importorskip("torchattacks")
-    plain, fast = (m.eval() for m in twins(randomised(family_x.WideResNet(10, 10, 1)).double()))
-    x, y = torch.rand(2, 3, 32, 32, dtype=torch.float64), torch.tensor([1, 2])
-    results = []
-    for model in (plain, fast):
-        attack = torchattacks.PGD(model, eps=8 / 255, alpha=2 / 255, steps=4, random_start=False)
-        results.append(attack(x, y))
-    # signs of gradients: equal wherever no gradient is zero but for rounding
-    assert (results[0] != results[1]).double().mean() < 2**-10
-    assert (results[0] - x).abs().max() > 4 / 255
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+def test_wide_resnet_50_2_of_a_package_in_inference(library):
+    """Needs a torchvision of this torch's version."""
+    spec = importlib.util.find_spec(library)
+    if spec is None:
+        pytest.skip(f"{library} is not installed")
+    try:
+        module = importlib.import_module("torchvision.models" if library == "torchvision" else "timm")
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"{library} does not load beside torch {torch.__version__}: {error}")
+    make = module.wide_resnet50_2 if library == "torchvision" else lambda: module.create_model("wide_resnet50_2")
+    plain, fast = (m.eval() for m in twins(randomised(make())))
+    assert sum(isinstance(m, FastBottleneck) for m in fast.modules()) == 16 and not report(fast).left
+    pool = parity.Pool("logits", torch.float32, algorithm="f4")
+    oracle = copy.deepcopy(plain).double()
+    with torch.no_grad():
+        for _ in range(parity.SEEDS):
+            x = torch.randn(1, 3, 64, 64)
+            pool.add(fast(x), plain(x), oracle(x.double()))
+    cell = pool.judge()
+    assert cell.ok, cell

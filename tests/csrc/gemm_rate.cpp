@@ -54,7 +54,7 @@ float* buffer(int64_t floats) {
 
 void measure(int64_t C, int64_t K, int64_t tiles, int matrices) {
   const int64_t plane = tiles * C + 16;
-  float *v = buffer(matrices * plane), *u = buffer(matrices * C * K), *m = buffer(tiles * matrices * NR);
+  float *v = buffer(matrices * plane), *u = buffer((matrices + 1) * C * K), *m = buffer(tiles * matrices * NR);
   const int repeats = matrices == 1 ? 2000 : 1;
   double share[9];
   for (double& one : share) {
@@ -63,7 +63,7 @@ void measure(int64_t C, int64_t K, int64_t tiles, int matrices) {
       for (int64_t p = 0; p < K / NR; ++p)
         for (int x = 0; x < matrices; ++x) {
           const Segment segment = {v + x * plane, 0, C, u + (p * matrices + x) * C * NR, C};
-          gemm_panel(NV_FULL, &segment, 1, tiles, tiles, m + x * NR, matrices * NR);
+          gemm_panel(NV_FULL, &segment, 1, tiles, tiles, m + x * NR, matrices * NR, segment.b + C * NR);
         }
     one = 2. * repeats * matrices * static_cast<double>(tiles * C * K) / (seconds() - begin) * 1e-9 / peak;
   }

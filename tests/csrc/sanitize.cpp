@@ -1,8 +1,11 @@
-// Every kernel of csrc/cpu on small random problems, for a build with -fsanitize=address,undefined: each tensor is an
-// allocation of its own, of exactly the size that the contract promises, so one element too far is a report.
+// Every kernel of csrc/cpu on small random problems, for a build with -fsanitize=address,undefined or thread: each
+// tensor is an allocation of its own, of exactly the size that the contract promises, so one element too far is a
+// report.
 //
 //   sanitize <cases> <seed>    exit 0 when all ran and agree with plain loops in double
 //   sanitize plant             hands over an output that is one element short: has to be reported
+//   sanitize shift             shifts by the width of a number: has to be reported
+//   sanitize race              lets two threads add to one number: has to be reported
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -95,8 +98,11 @@ struct Problem {
     s.Q = (s.W + s.pad_left + s.pad_right - s.S) / s.stride + 1;
     dtype = coin() ? DType::f32 : DType::bf16;
     algo = !winograd ? Algo::direct : static_cast<Algo>(generator() % 3);
+    if (s.R == 3 && s.S == 3 && s.stride == 2 && coin()) algo = Algo::f2s2;
     threads = static_cast<int>(pick({1, 2, 3}));
   }
+  // There is no polyphase form of the gradients.
+  Algo backward(Algo winograd) const { return algo == Algo::direct || algo == Algo::f2s2 ? Algo::direct : winograd; }
   int64_t inputs() const { return s.N * s.H * s.W * s.C; }
   int64_t outputs() const { return s.N * s.P * s.Q * s.K; }
   int64_t weights() const { return s.K * s.C * s.R * s.S; }
@@ -142,7 +148,7 @@ struct Affine {
 
 std::unique_ptr<Tensor> pack(const Kernels& k, const Problem& p, Tensor& w, bool dgrad) {
   PackArgs args;
-  args.algo = p.algo;
+  args.algo = dgrad ? p.backward(p.algo) : p.algo;
   args.dgrad = dgrad;
   args.C = p.s.C;
   args.K = p.s.K;
@@ -219,7 +225,7 @@ bool dgrad(const Kernels& k) {
   DgradArgs args;
   args.shape = s;
   args.dtype = p.dtype;
-  args.algo = p.algo;
+  args.algo = p.backward(p.algo);
   args.threads = p.threads;
   args.dy = dy.data();
   args.w = p.weight(w);
@@ -249,7 +255,7 @@ bool wgrad(const Kernels& k) {
   WgradArgs args;
   args.shape = s;
   args.dtype = p.dtype;
-  args.algo = p.algo == Algo::direct ? Algo::direct : Algo::f4;
+  args.algo = p.backward(Algo::f4);
   args.threads = p.threads;
   args.dy = dy.data();
   args.x = x.data();
@@ -321,7 +327,20 @@ const Passes& passes_of(const char* name) {
 
 }  // namespace
 
+int shift_by(int bits) {
+  return 1 << bits;
+}
+
+int race() {
+  int shared = 0;
+#pragma omp parallel num_threads(2)
+  for (int i = 0; i < 1000; ++i) ++shared;
+  return shared;
+}
+
 int main(int argc, char** argv) {
+  if (argc > 1 && !strcmp(argv[1], "shift")) return shift_by(30 + argc) & 1;
+  if (argc > 1 && !strcmp(argv[1], "race")) return race() & 1;
   const Kernels& widest = kernels();
   if (argc > 1 && !strcmp(argv[1], "plant")) {
     generator.seed(1);

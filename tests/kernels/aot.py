@@ -1,11 +1,12 @@
 """Ahead of time, with no GPU: what a launch would compile, compiled for a target, and what came out, counted.
 
-    python tests/kernels/aot.py --only 'sm_90 bf16 n128 160'    prints what those cases compile to
-    python tests/kernels/aot.py --write                         compiles every case and writes aot.json
+    PYTHONPATH=.:tests python -m kernels.aot --only 'sm_90 bf16 n128 160'    prints what those cases compile to
+    PYTHONPATH=.:tests python -m kernels.aot --write                         compiles every case and writes aot.json
 
 The launchers run on tensors without memory; a recorder takes the place of the JIT, so kernels, arguments and tiles are
 the shipped ones. "issue" is what a scheduler must issue in the main loop for every clock of the tensor cores there:
-instructions of a warp x warps / 4 schedulers / tensor clocks. From 1 on the tensor cores must starve.
+instructions of a warp x warps / 4 schedulers / tensor clocks. From 1 on the tensor cores must starve. (A scheduler of
+gfx942 takes one instruction of each kind in a clock and four clocks for most, so there it only compares versions.)
 """
 
 from __future__ import annotations
@@ -13,106 +14,31 @@ from __future__ import annotations
 import argparse
 import collections
 import json
-import os
 import re
 import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
+from kernels.shipped import Shipped, cases
 from torch import Tensor
 
-from wrn_fast.kernels.configs import ARCHS, heuristic
+from wrn_fast.kernels.bound import Bound, options
+from wrn_fast.kernels.configs import ARCHS, Arch, arch_of, heuristic, in_fp8
+from wrn_fast.masks import shape as mask_shape
 from wrn_fast.problem import ConvProblem
 
 TABLE = Path(__file__).with_name("aot.json")
-TARGETS = ("sm_80", "sm_90", "gfx942")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Multiplications and additions that the tensor cores of an SM or CU finish in a clock, dense, 16-bit.
-_FMA_PER_CLOCK = {"sm_80": 1024, "sm_90": 2048, "gfx942": 1024}
-_PRECISION = {"sm_80": "tf32x3", "sm_90": "tf32x3", "gfx942": "bf16x6"}
-_POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
-ACT = {"prologue": True, "affine": True, "act": "relu", "eps": 1e-5}
-
-
-@dataclass(frozen=True)
-class Aot:
-    """One launch of a network's layer: its operator, problem and target."""
-
-    name: str
-    op: str
-    problem: ConvProblem
-    target: str
-
-
-def _layer(
-    c: int, k: int, h: int, batch: int, dtype: torch.dtype, taps: int = 3, stride: int = 1, **parts
-) -> ConvProblem:
-    return ConvProblem("cuda", dtype, dtype, batch, h, h, c, k, taps, taps, stride, (taps // 2,) * 4, **parts)
-
-
-def _problems(dtype: torch.dtype, batch: int) -> Iterator[tuple[str, str, ConvProblem]]:
-    """(name, operator, problem) of the layers of WRN-d-10, d-4, d-2 and d-1 on 32x32 images."""
-    sizes = {160: 32, 320: 16, 640: 8, 64: 32, 128: 16, 256: 8, 32: 32, 16: 32}
-    for width, h in sizes.items():
-        layer = partial(_layer, width, width, h, batch, dtype)
-        yield f"{width} conv1", "fprop", layer(**ACT, want_stats=True)
-        yield f"{width} conv2", "fprop", layer(**ACT, residual=True, want_stats=True)
-        yield f"{width} eval", "fprop", layer(residual=True, bias=True, act_out="relu")
-        yield f"{width} dgrad", "dgrad", layer(**ACT, want_stats=True)
-        yield f"{width} wgrad", "wgrad", layer(**ACT)
-    for c, k, h, stride in ((16, 160, 32, 1), (160, 320, 32, 2), (320, 640, 16, 2), (32, 64, 32, 2), (64, 128, 32, 2)):
-        short = {
-            "short_C": c,
-            "short_stride": stride,
-            "short_prologue": True,
-            "short_affine": True,
-            "short_act": "relu",
-        }
-        out = h // stride
-        yield f"{c}-{k} conv1", "fprop", _layer(c, k, h, batch, dtype, stride=stride, **ACT, want_stats=True)
-        yield f"{c}-{k} conv2", "fprop", _layer(k, k, out, batch, dtype, **ACT, **short, want_stats=True)
-        yield f"{c}-{k} dgrad", "dgrad", _layer(c, k, h, batch, dtype, stride=stride, **ACT, want_stats=True)
-        yield f"{c}-{k} wgrad", "wgrad", _layer(c, k, h, batch, dtype, stride=stride, **ACT)
-        yield (
-            f"{c}-{k} short dgrad",
-            "dgrad",
-            _layer(c, k, h, batch, dtype, taps=1, stride=stride, **ACT, want_stats=True),
-        )
-    yield "3-16 conv1", "fprop", _layer(3, 16, 32, batch, dtype, want_stats=True)
-    yield "3-16 wgrad", "wgrad", _layer(3, 16, 32, batch, dtype)
-    for width, h in ((160, 32), (16, 32)):
-        layer = partial(_layer, width, width, h, batch, dtype, 1)
-        yield f"{width} bn_bwd_apply", "bn_bwd_apply", layer(prologue=True, affine=True, batch_stats=True)
-        yield f"{width} channel_stats", "channel_stats", layer()
-        yield f"{width} dropout", "dropout", layer(p=0.3, drop_at="output")
-
-
-# Layers compiled besides those of bf16 at batch 128 on sm_90: elsewhere the code is the same but for constants.
-_FEWER = {
-    "sm_80": ("160 ", "320 ", "640 conv1", "64 ", "16 conv1", "160-320 ", "3-16 "),
-    "gfx942": ("160 ", "640 conv1", "64 ", "16 conv1", "160-320 ", "3-16 "),
-    "fp16": ("160 conv1", "160 dgrad", "160 wgrad"),
-    "fp32": ("160 ", "64 conv1", "160-320 conv2", "3-16 "),
-    "n1": ("160 eval", "320 eval", "640 eval", "32 eval"),
-}
-
-
-def cases() -> dict[str, Aot]:
-    """Every launch that is compiled, by name."""
-    found = {}
-    for target in TARGETS:
-        for dtype, batch in (("bf16", 128), ("bf16", 1), ("fp16", 128), ("fp32", 128)):
-            for what, op, problem in _problems(DTYPES[dtype], batch):
-                if all(what.startswith(_FEWER[key]) for key in (target, dtype, f"n{batch}") if key in _FEWER):
-                    name = f"{target} {dtype} n{batch} {what}"
-                    found[name] = Aot(name, op, problem, target)
-    return found
+_FMA_PER_CLOCK = {"sm_80": 1024, "sm_89": 256, "sm_90": 2048, "gfx942": 1024}
+_POINTERS = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float8_e4m3fn: "*fp8e4nv",
+    torch.float8_e4m3fnuz: "*fp8e4b8", torch.int64: "*i64", torch.uint8: "*u8",
+}  # fmt: skip
 
 
 def tensors(problem: ConvProblem) -> dict[str, Tensor | None]:
@@ -140,58 +66,90 @@ def tensors(problem: ConvProblem) -> dict[str, Tensor | None]:
     }  # fmt: skip
 
 
-def launches(case: Aot) -> list[tuple[Any, tuple, dict]]:
-    """(kernel, arguments, keywords) of every launch, in order."""
-    from triton.runtime.jit import JITFunction
+class Launch(NamedTuple):
+    """A kernel, its arguments by name, its options."""
 
-    seen: list[tuple[Any, tuple, dict]] = []
-    run = JITFunction.run
-    JITFunction.run = lambda self, *args, grid, warmup, **kwargs: seen.append((self, args, kwargs))
-    try:
+    kernel: Any
+    values: dict[str, Any]
+    options: dict[str, Any]
+
+
+def launches(case: Shipped) -> list[Launch]:
+    """Every launch, in order."""
+    seen: list[Launch] = []
+
+    def record(self, grid, tensors, numbers, constants, warps=4, stages=None):
+        values = zip((p.name for p in self.kernel.params), (*tensors, *numbers, *constants), strict=True)
+        seen.append(Launch(self.kernel, dict(values), options(warps, stages)))
+
+    with mock.patch.object(Bound, "__call__", record):
         _call(case)
-    finally:
-        JITFunction.run = run
     return seen
 
 
-def _call(case: Aot) -> None:
+def arch_of_target(target: str) -> Arch:
+    """What the rule knows of a target."""
+    return ARCHS[target] if target in ARCHS else arch_of((int(target[3]), int(target[4:])), ARCHS["sm_86"].sms)
+
+
+def _ranges(case: Shipped) -> Any:
+    from wrn_fast.kernels.fp8 import Ranges
+
+    if case.precision != "fp8":
+        return None
+    one = torch.empty(1, device="meta")
+    dtype = torch.float8_e4m3fnuz if case.target.startswith("gfx") else torch.float8_e4m3fn
+    return Ranges(one, one if case.problem.short_C else None, dtype)
+
+
+def _call(case: Shipped) -> None:
     from kernels.interpreted import FPROP, PROLOGUE
 
-    from wrn_fast.kernels import bn_bwd_apply, dgrad, dropout, fprop, stats, wgrad
+    from wrn_fast.kernels import bn_bwd_apply, dgrad, dropout, fprop, masks, stats, wgrad
 
     op, problem, t = case.op, case.problem, tensors(case.problem)
     tile = ()
-    if op in ("fprop", "dgrad", "wgrad"):
-        precision = _PRECISION[case.target] if problem.dtype == torch.float32 else "ieee"
-        tile = (heuristic(op, problem, ARCHS[case.target]), precision)
+    if op in ("fprop", "dgrad", "wgrad", "input_grad"):
+        arch = arch_of_target(case.target)
+        config = replace(heuristic("dgrad" if op == "input_grad" else op, problem, arch), box=case.box)
+        tile = (in_fp8(config, problem, arch) if case.precision == "fp8" else config, case.precision)
     vectors = [t[n] for n in PROLOGUE]
     calls: dict[str, Callable] = {
-        "fprop": lambda: fprop.fprop(problem, *tile, *[t[n] for n in FPROP]),
+        "fprop": lambda: fprop.fprop(problem, *tile, *[t[n] for n in FPROP], _ranges(case)),
         "dgrad": lambda: dgrad.dgrad(problem, *tile, t["dy"], t["x"], t["w"], *vectors),
         "wgrad": lambda: wgrad.wgrad(problem, *tile, t["dy"], t["x"], *vectors),
         "bn_bwd_apply": lambda: bn_bwd_apply.bn_bwd_apply(
             problem, t["x"], t["x"], t["stats"], t["gamma"], torch.empty((2, problem.C), device="meta")
         ),
+        "input_grad": lambda: dgrad.input_grad(
+            problem,
+            *tile,
+            t["dy"],
+            t["w"],
+            torch.empty(mask_shape(t["x"].shape), dtype=torch.uint8, device="meta"),
+            torch.empty(problem.C, device="meta"),
+        ),
+        "act_mask": lambda: masks.act_mask(problem, t["x"], *vectors),
         "channel_stats": lambda: stats.channel_stats(problem, t["x"]),
         "dropout": lambda: dropout.dropout(problem, t["x"], t["rng"]),
     }
     calls[op]()
 
 
-def compile_launch(launch: tuple[Any, tuple, dict], target: str, **more: Any) -> Any:
+def compile_launch(launch: Launch, target: str, **more: Any) -> Any:
     """The compiled kernel of a launch; aligned pointers, as torch's allocator gives them. `more` are options."""
     import triton
     from triton.backends.compiler import GPUTarget
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
-    kernel, args, keywords = launch
-    values = dict(zip((p.name for p in kernel.params), args))
-    values |= {name: v for name, v in keywords.items() if name in {p.name for p in kernel.params}}
-    options = {name: v for name, v in keywords.items() if name not in values}
+    kernel, values, options = launch
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         v = values[parameter.name]
-        if parameter.is_constexpr:
+        if parameter.is_constexpr or v is None:
             signature[parameter.name], constants[(i,)] = "constexpr", v
+        elif isinstance(v, TensorDescriptor):
+            signature[parameter.name] = f"tensordesc<{_POINTERS[v.base.dtype][1:]}{list(v.block_shape)}>"
         elif isinstance(v, Tensor):
             signature[parameter.name], attributes[(i,)] = _POINTERS[v.dtype], [["tt.divisibility", 16]]
         else:
@@ -201,13 +159,16 @@ def compile_launch(launch: tuple[Any, tuple, dict], target: str, **more: Any) ->
     return triton.compile(source, target=backend, options=options | more)
 
 
-def compiled(case: Aot) -> list[dict[str, Any]]:
+def compiled(case: Shipped) -> list[dict[str, Any]]:
     """Counts of each kernel of a case, one a distinct kernel and tile."""
     found: dict[str, dict[str, Any]] = {}
     for launch in launches(case):
         kernel = compile_launch(launch, case.target)
         if kernel.hash not in _counted:
-            _counted[kernel.hash] = {"kernel": launch[0].__name__.strip("_"), **count(kernel, launch[2], case)}
+            _counted[kernel.hash] = {
+                "kernel": launch.kernel.__name__.strip("_"),
+                **count(kernel, launch, case),
+            }
         found[kernel.hash] = _counted[kernel.hash]
     return list(found.values())
 
@@ -215,22 +176,24 @@ def compiled(case: Aot) -> list[dict[str, Any]]:
 _counted: dict[str, dict[str, Any]] = {}
 
 
-def count(kernel: Any, keywords: dict, case: Aot) -> dict[str, Any]:
+def count(kernel: Any, launch: Launch, case: Shipped) -> dict[str, Any]:
     """Registers, spilled bytes, shared memory, tensor instructions, narrow loads and the issue rate."""
     gfx = case.target.startswith("gfx")
     out = _count_gfx(kernel.asm["amdgcn"]) if gfx else _count_sm(kernel.asm)
     out["smem"] = kernel.metadata.shared
     listing = out.pop("listing")
-    tensor = ("v_mfma",) if gfx else ("HGMMA", "HMMA")
+    if not case.box:
+        out.pop("tma", None)
+    tensor = ("v_mfma",) if gfx else ("HGMMA", "HMMA", "QGMMA", "QMMA")  # Q: of e4m3
     length = _main_loop(listing, tensor)
-    if "COLS0" in keywords and length and not gfx:
-        rows = keywords.get("BLOCK_ROWS", keywords.get("BLOCK_C"))
-        red = keywords.get("BLOCK_RED", keywords.get("BLOCK_PIXELS"))
-        columns = keywords["COLS0"] + keywords["COLS1"]
+    v = launch.values
+    if "COLS0" in v and length:
+        rows, red = v.get("BLOCK_ROWS", v.get("BLOCK_C")), v.get("BLOCK_RED", v.get("BLOCK_PIXELS"))
+        columns = v["COLS0"] + v["COLS1"]
         clocks = rows * columns * red / _FMA_PER_CLOCK[case.target]
-        if case.problem.dtype == torch.float32:
-            clocks *= 6  # three tf32 products at half the rate, or six bf16 ones
-        out["issue"] = round(length * keywords["num_warps"] / 4 / clocks, 3)
+        # tf32 has half the rate of 16 bits, and is multiplied three times where it stands for float32.
+        clocks *= {"tf32": 2, "tf32x3": 6, "bf16x6": 6, "fp8": 0.5}.get(case.precision, 1)
+        out["issue"] = round(length * launch.options["num_warps"] / 4 / clocks, 3)
     return out
 
 
@@ -256,6 +219,7 @@ def _count_sm(asm: dict) -> dict[str, Any]:
         "spilled": int(re.search(r"STACK:(\d+)", usage).group(1)),
         "tensor": dict(sorted(tensor.items())),
         "narrow": sum(name.startswith(("LDG.E.U16", "LDG.E.S16", "LDG.U16")) for name in names),
+        "tma": names.count("UTMALDG.4D"),
         "listing": listing,
     }
 
@@ -313,8 +277,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    root = Path(__file__).parents[2]
-    sys.path[:0] = [str(root), str(root / "tests")]
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["TRITON_CACHE_DIR"] = folder
-        main()
+    main()

@@ -11,6 +11,7 @@ from kernels import oracle
 from kernels.oracle import Case
 from torch import Tensor
 
+from wrn_fast import masks as bits
 from wrn_fast.kernels.configs import ARCHS, TileConfig, heuristic, legal
 from wrn_fast.parity import error
 from wrn_fast.problem import ConvProblem
@@ -57,7 +58,7 @@ def tile(op: str, problem: ConvProblem, rng: random.Random) -> TileConfig:
         config = TileConfig(
             rows=rng.choice((16, 64, 128)), red=rng.choice((16, 32, 64)),
             cols=rng.choice(((16, 0), (32, 16), (64, 32), (128, 32), (16, 32))), warps=4, stages=1,
-            apply=rng.random() < 0.3, splits=rng.choice((1, 2, 3, 7)) if op == "wgrad" else 1,
+            apply=rng.random() < 0.3, splits=rng.choice((1, 2, 3, 7)) if op == "wgrad" else 1, box=rng.random() < 0.5,
         )  # fmt: skip
         if legal(config, op, problem, ARCH):
             return config
@@ -65,7 +66,7 @@ def tile(op: str, problem: ConvProblem, rng: random.Random) -> TileConfig:
 
 def outputs(case: Case, ops: tuple[str, ...]) -> dict[str, Tensor]:
     """What the kernels give, by name; an absent output is left out."""
-    from wrn_fast.kernels import bn_bwd_apply, dgrad, dropout, fprop, stats, wgrad
+    from wrn_fast.kernels import bn_bwd_apply, dgrad, dropout, fprop, masks, stats, wgrad
 
     problem, t = case.problem, case.tensors
     rng = random.Random(int(t["x"].double().sum().abs().item() * 1e6))
@@ -82,6 +83,15 @@ def outputs(case: Case, ops: tuple[str, ...]) -> dict[str, Tensor]:
             sums = backward._replace(want_stats=problem.prologue)
             g, sums_g = dgrad.dgrad(sums, tile("dgrad", sums, rng), "ieee", t["dy"], t["x"], t["w"], *prologue, drop)
             got |= {"g": g, "sums_g": sums_g}
+            if problem.act in (*bits.ACTS, "identity") and rng.random() < 0.5:
+                alone = backward._replace(prologue=factor(case) is not None)
+                mask = None
+                if problem.act != "identity":
+                    mask = masks.act_mask(problem, t["x"], *prologue)
+                    got["mask"] = mask.to(problem.dtype)
+                got["dx_alone"] = dgrad.input_grad(
+                    alone, tile("dgrad", alone, rng), "ieee", t["dy"], t["w"], mask, factor(case), drop
+                )
         if "wgrad" in ops:
             got["dw"] = wgrad.wgrad(backward, tile("wgrad", problem, rng), "ieee", t["dy"], t["x"], *prologue, drop)
         if "elementwise" in ops:
@@ -95,6 +105,15 @@ def outputs(case: Case, ops: tuple[str, ...]) -> dict[str, Tensor]:
             if t["rng"] is not None:
                 got["dropped"] = dropout.dropout(problem, t["x"], t["rng"])
     return {name: v for name, v in got.items() if v.numel()}
+
+
+def factor(case: Case, dtype: torch.dtype | None = None) -> Tensor | None:
+    """[C]: gamma / sqrt(var + eps), what BatchNorm in eval multiplies a gradient by; None without BatchNorm."""
+    stats, gamma = case.tensors["stats"], case.tensors["gamma"]
+    if stats is None:
+        return None
+    rstd = (stats[1].double() + case.problem.eps).rsqrt()
+    return (rstd if gamma is None else rstd * gamma.double()).to(dtype or stats.dtype)
 
 
 def oracle_sums(case: Case) -> Tensor:
@@ -117,6 +136,12 @@ def wanted(case: Case, got: dict[str, Tensor]) -> dict[str, Tensor]:
     if "g" in got or "dw" in got:
         g, dw = oracle.gradients(case)
         want |= {"g": g, "dw": dw}
+    if "dx_alone" in got:
+        scale = factor(case, torch.float64)
+        want["dx_alone"] = g if scale is None else g * scale[:, None, None]
+    if "mask" in got:
+        v = oracle.normal(t["x"].double(), t["stats"], t["gamma"], t["beta"], problem.eps)
+        want["mask"] = bits.pack(~(v <= 0) if problem.act == "relu" else v > 0).double()
     if "sums_g" in got:
         stored = got["g"].double()
         want["sums_g"] = torch.stack([stored.sum((0, 2, 3)), (stored * oracle.xhat(case)).sum((0, 2, 3))])

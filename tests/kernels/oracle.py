@@ -112,6 +112,8 @@ def draw(seed: int, dtype: torch.dtype = torch.float64, **fixed) -> Case:
         "out_scale": vec(k, problem.act_out != "none" and rng.random() < 0.7),
         "out_shift": vec(k, problem.act_out != "none" and rng.random() < 0.7),
     }
+    if tensors["gamma"] is not None and rng.random() < 0.3:
+        tensors["gamma"][rng.randrange(c)] = 0.0
     return Case(problem, tensors)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernels import special
+from kernels import guards, special
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -33,3 +33,15 @@ def test_every_kernel_draws_the_mask_of_the_rule(interpreter, channels, p, seed)
     assert len(masks) == 5
     for name, mask in masks.items():
         assert torch.equal(mask, want), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("op", ["fprop", "dgrad", "wgrad"])
+def test_integers_too_wide_are_rounded_once(interpreter, op, dtype, seed):
+    reason = interpreter(guards.rounded_once, op, dtype, seed)
+    assert reason is None, reason
+
+
+@pytest.mark.parametrize("op", ["fprop", "dgrad", "wgrad"])
+def test_nothing_past_the_end_and_inputs_stay(interpreter, op, seed):
+    assert interpreter(guards.guarded, op, seed) == (True, 0, True)

@@ -32,6 +32,8 @@ _DTYPES = (torch.float32, torch.bfloat16)
 _ONE_THREAD_BELOW = 1 << 14
 # A convolution does as many in the time that a pass takes for one element.
 _FLOPS_AN_ELEMENT = 64
+# A chain's activations beyond this are given back after the call.
+KEPT_BYTES = 64 << 20
 
 _in_child_of_fork = False
 
@@ -90,6 +92,21 @@ def unsupported(op: str, problem: ConvProblem) -> str | None:
     return reason
 
 
+def algorithm(op: str, problem: ConvProblem) -> str | None:
+    """What an operator would run now, `f4`, `f2` or `direct`; None where there is no choice (`wrn-fast info`)."""
+    return getattr(_plan(problem), f"{op}_algo", None)
+
+
+def packed_bytes(problem: ConvProblem) -> int:
+    """Bytes of the packed filter of an fprop."""
+    return 4 * _plan(problem).packed_size(False)
+
+
+def scratch_bytes() -> int:
+    """Bytes of scratch and activations that the calling thread keeps."""
+    return _extension().scratch_bytes()
+
+
 def _plan(problem: ConvProblem) -> Any:
     """The problem's scalars on the C++ side, with the algorithms that the settings of this moment choose."""
     return _plan_for(problem, current(), pinned())
@@ -134,6 +151,18 @@ def _new(problem: ConvProblem, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=problem.dtype, memory_format=torch.channels_last)
 
 
+def _floats(count: int) -> Tensor:
+    """[count] float32, on huge pages where it is large."""
+    page = _extension().HUGE_PAGE
+    if 4 * count < page:
+        return torch.empty(count)
+    whole = (4 * count + page - 1) // page * page
+    memory = torch.empty((whole + page) // 4)
+    memory = memory[-memory.data_ptr() % page // 4 :]
+    _extension().advise_huge_pages(memory.data_ptr(), whole)
+    return memory[:count]
+
+
 def _absent(dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(0, dtype=dtype)
 
@@ -169,7 +198,7 @@ def _packed(plan: Any, w: Tensor, for_dgrad: bool) -> Tensor | None:
     algo = plan.dgrad_algo if for_dgrad else plan.fprop_algo
 
     def make(w: Tensor) -> Tensor:
-        out = torch.empty(plan.packed_size(for_dgrad))
+        out = _floats(plan.packed_size(for_dgrad))
         plan.pack(threads(out.numel()), for_dgrad, w.data_ptr(), _code(w), out.data_ptr())
         return out
 
@@ -178,7 +207,7 @@ def _packed(plan: Any, w: Tensor, for_dgrad: bool) -> Tensor | None:
 
 def _packed_short(plan: Any, w: Tensor) -> Tensor | None:
     def make(w: Tensor) -> Tensor:
-        out = torch.empty(plan.packed_size_short())
+        out = _floats(plan.packed_size_short())
         plan.pack_short(threads(out.numel()), w.data_ptr(), _code(w), out.data_ptr())
         return out
 
@@ -261,9 +290,10 @@ def chain(x: Tensor, steps: Sequence[Step]) -> Tensor:
     last = steps[-1].problem
     y = _new(last, last.N, last.K, last.P, last.Q)
     del floats[steps[-1].y]
-    memory = torch.empty(sum(floats.values()))
     slots = {0: x.data_ptr(), steps[-1].y: y.data_ptr()}
-    at = memory.data_ptr()
+    count = sum(floats.values())
+    memory = _floats(count) if 4 * count > KEPT_BYTES else None
+    at = _extension().activations(4 * count) if memory is None else memory.data_ptr()
     for slot, count in floats.items():
         slots[slot] = at
         at += 4 * count

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wrn_fast import masks, tuned
+from wrn_fast import scales, tuned
+from wrn_fast.errors import WrnFastError
 from wrn_fast.kernels import configs
 from wrn_fast.precision import current
 from wrn_fast.problem import ConvProblem
@@ -28,6 +29,7 @@ NAME = "triton"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _AMD = ("gfx942",)
 _PIXELS = 2**31 - 2**20  # pixel numbers of the last tile, too, are 32-bit
+_FP8 = (8, 9)  # compute capability from which e4m3 is multiplied; of AMD's GPUs the ones in `_AMD` do
 _WITHOUT_TILE = ("act_mask", "bn_bwd_apply", "channel_stats", "dropout")
 # What a tile is chosen and proved for, where an operator runs another one's kernel.
 _KERNEL_OF = {"input_grad": "dgrad"}
@@ -108,7 +110,16 @@ def unsupported(op: str, problem: ConvProblem) -> str | None:
     if problem.R * problem.S > 25:
         return f"serves filters of up to 25 taps, got {problem.R}x{problem.S}"
     if problem.device == "cuda":
-        return _refused_gpu() or _failed_proof(op, problem)
+        return _refused_gpu() or (_without_fp8() if op == "fprop_fp8" else None) or _failed_proof(op, problem)
+    return None
+
+
+@functools.cache
+def _without_fp8() -> str | None:
+    for index in range(0 if torch.version.hip else torch.cuda.device_count()):
+        if torch.cuda.get_device_capability(index) < _FP8:
+            name, (major, minor) = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+            return f"multiplies e4m3 from compute capability 8.9 on, cuda:{index} ({name}) has {major}.{minor}"
     return None
 
 
@@ -125,6 +136,8 @@ def refused_tile(op: str, problem: ConvProblem, tile: configs.TileConfig, device
     """Why a tile must not be used on a device: it does not compile there, or computes wrongly."""
     from wrn_fast.kernels import selfcheck
 
+    if op == "fprop_fp8":
+        return selfcheck.reason("fprop", problem, tile, "fp8", device)
     return selfcheck.reason(op, problem, tile, dot_precision(problem, device.index), device)
 
 
@@ -132,6 +145,8 @@ def refused_tile(op: str, problem: ConvProblem, tile: configs.TileConfig, device
 def config(op: str, problem: ConvProblem, index: int | None) -> configs.TileConfig:
     """The tuned row of this GPU where there is a legal one, else the written rule."""
     here = arch(index)
+    if op == "fprop_fp8":
+        return configs.in_fp8(config("fprop", problem, index), problem, here)
     row = tuned.lookup(NAME, op, problem, gpu(index), here.name)
     if row is not None:
         found = configs.from_row(row)
@@ -156,23 +171,27 @@ def dot_precision(problem: ConvProblem, index: int | None) -> str:
 def _launchers() -> dict[str, Callable]:
     """Imports triton."""
     from wrn_fast.kernels.bn_bwd_apply import bn_bwd_apply
-    from wrn_fast.kernels.dgrad import dgrad
+    from wrn_fast.kernels.dgrad import dgrad, input_grad
     from wrn_fast.kernels.dropout import dropout
     from wrn_fast.kernels.fprop import fprop
+    from wrn_fast.kernels.masks import act_mask
     from wrn_fast.kernels.stats import channel_stats
     from wrn_fast.kernels.wgrad import wgrad
 
-    return {f.__name__: f for f in (bn_bwd_apply, channel_stats, dgrad, dropout, fprop, wgrad)}
+    functions = (act_mask, bn_bwd_apply, channel_stats, dgrad, dropout, fprop, input_grad, wgrad)
+    return {f.__name__: f for f in functions} | {"fprop_fp8": fprop}
 
 
-def launch(op: str, problem: ConvProblem, tile: configs.TileConfig | None, *tensors: Tensor | None) -> Any:
+def launch(op: str, problem: ConvProblem, tile: configs.TileConfig | None, *tensors: Any) -> Any:
     """Runs `op` with the given tile (None: the chosen one) on the device of the first tensor."""
     assert tensors[0] is not None
     index = tensors[0].device.index
     if op in _WITHOUT_TILE:
         how: tuple = ()
+    elif op == "fprop_fp8":
+        how = (config(op, problem, index), "fp8")
     else:
-        how = (tile or config(op, problem, index), dot_precision(problem, index))
+        how = (tile or config(_KERNEL_OF.get(op, op), problem, index), dot_precision(problem, index))
     if index is None or index == torch.cuda.current_device():
         return _launchers()[op](problem, *how, *tensors)
     with torch.cuda.device(index):
@@ -202,6 +221,25 @@ def fprop(
         "fprop", problem, None, x, w, stats, gamma, beta, bias, residual, x_short, w_short, stats_short, gamma_short,
         beta_short, rng, out_scale, out_shift,
     )  # fmt: skip
+
+
+def fprop_fp8(problem: ConvProblem, x: Tensor, w: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """fprop with operands in e4m3, by the ranges that calibration kept for its filters.
+
+    Raises:
+        WrnFastError: a filter has none.
+    """
+    from wrn_fast.kernels.fp8 import Ranges, e4m3
+
+    found: dict[str, Tensor | None] = {}
+    for name, v in (("w", w), ("w_short", rest[6])):
+        found[name] = None if v is None else scales.of(v)
+        if v is not None and found[name] is None:
+            raise WrnFastError(
+                f"`{name}`: expected a filter whose input's range is known (wrn_fast.fp8.calibrate), got one of shape "
+                f"{list(v.shape)} without"
+            )
+    return launch("fprop_fp8", problem, None, x, w, *rest, Ranges(found["w"], found["w_short"], e4m3()))  # type: ignore[arg-type]
 
 
 def dgrad(
@@ -235,24 +273,14 @@ def act_mask(
     problem: ConvProblem, x: Tensor, stats: Tensor | None, gamma: Tensor | None, beta: Tensor | None
 ) -> Tensor:
     """uint8 [N,H,W,ceil(C/8)]: one bit an element, set where act'(bn(x)) is 1."""
-    v = x.to(problem.stats_dtype)
-    if stats is not None:
-        gamma, beta = (None if t is None else t.to(v.dtype) for t in (gamma, beta))
-        v = torch.batch_norm(v, gamma, beta, stats[0], stats[1], False, 0.0, problem.eps, False)
-    return masks.pack(~(v <= 0) if problem.act == "relu" else v > 0)
+    return launch("act_mask", problem, None, x, stats, gamma, beta)
 
 
 def input_grad(
     problem: ConvProblem, dy: Tensor, w: Tensor, mask: Tensor | None, scale: Tensor | None, rng: Tensor | None
 ) -> Tensor:
     """dx [N,C,H,W] = scale * act' * dropout'(dgrad(dy, w)), where only x wants a gradient and BatchNorm is in eval."""
-    shape = problem.N, problem.C, problem.H, problem.W
-    if mask is None:
-        x = torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
-    else:
-        x = masks.signs(mask, problem.C, dy).contiguous(memory_format=torch.channels_last)
-    g, _ = dgrad(problem._replace(prologue=False), dy, x, w, None, None, None, rng)
-    return g if scale is None else (g * scale[:, None, None]).to(dy.dtype)
+    return launch("input_grad", problem, None, dy, w, mask, scale, rng)
 
 
 def bn_bwd_apply(

@@ -17,6 +17,7 @@ from rich.table import Table
 from wrn_fast import __version__, dispatch, machine, packing
 from wrn_fast._build import missing_extension_reason
 from wrn_fast.backends import cpu, cuda
+from wrn_fast.errors import WrnFastError
 from wrn_fast.precision import current, pinned
 from wrn_fast.problem import ConvProblem
 
@@ -24,21 +25,28 @@ NAME = "info"
 HELP = "what each operator would use here, and why not the others"
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 OPS = ("fprop", "dgrad", "wgrad", "bn_bwd_apply")
-# WRN-28-10: name, C, K, image, stride, C of the 1x1 shortcut.
-LAYERS = (
-    ("stem", 3, 16, 32, 1, 0),
-    ("group 1", 160, 160, 32, 1, 0),
-    ("stride 2", 160, 320, 32, 2, 0),
-    ("shortcut", 320, 320, 16, 1, 160),
-    ("group 2", 320, 320, 16, 1, 0),
-    ("group 3", 640, 640, 8, 1, 0),
-)
 _OPENMP = re.compile(r"lib(?:gomp|iomp5|omp)[^/]*\.so[^/]*$")
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    """--batch, for the problems."""
+    """--batch, --depth and --width, for the problems."""
     parser.add_argument("--batch", type=int, default=8, help="images of the typical problems (default 8)")
+    parser.add_argument("--depth", type=int, default=28, help="of the network whose layers are shown (default 28)")
+    parser.add_argument("--width", type=int, default=10, help="its widening factor (default 10)")
+
+
+def layers(width: int) -> tuple[tuple, ...]:
+    """Layers of a WRN-n-`width`, one of each kind: name, C, K, image, stride, C of the 1x1 shortcut."""
+    one, two, three = 16 * width, 32 * width, 64 * width
+    return (
+        ("stem", 3, 16, 32, 1, 0),
+        ("first", 16, one, 32, 1, 0),
+        ("group 1", one, one, 32, 1, 0),
+        ("stride 2", one, two, 32, 2, 0),
+        ("shortcut", two, two, 16, 1, one),
+        ("group 2", two, two, 16, 1, 0),
+        ("group 3", three, three, 8, 1, 0),
+    )
 
 
 def problem(layer: tuple, op: str, dtype: torch.dtype, device: str, batch: int) -> ConvProblem:
@@ -93,10 +101,10 @@ def extensions() -> dict[str, str]:
     return {**found, "_cuda": cuda.missing() or f"built; {named}"}
 
 
-def choices(device: str, batch: int) -> list[dict[str, Any]]:
+def choices(device: str, batch: int, width: int = 10) -> list[dict[str, Any]]:
     """For each problem: the backend of each operator, and every other's reason."""
     rows = []
-    for layer in LAYERS:
+    for layer in layers(width):
         for dtype in DTYPES:
             uses: dict[str, str | None] = {}
             why_not: dict[str, str] = {}
@@ -136,7 +144,25 @@ def _version(package: str) -> str | None:
         return None
 
 
-def gather(batch: int) -> dict[str, Any]:
+def memory(batch: int, depth: int, width: int) -> dict[str, Any]:
+    """What float32 inference by the cpu backend holds beside the memory of plain PyTorch, in bytes."""
+    if cpu.isa() is None:
+        return {}
+    times = {"stem": 1, "first": 1, "stride 2": 1} | dict.fromkeys(("group 1", "group 2", "group 3"), depth // 3 - 2)
+    one = layers(width)
+    again = ("stride 2", one[3][2], 2 * one[3][2], 16, 2, 0)
+    packed = sum(
+        times.get(layer[0], 0) * cpu.packed_bytes(problem(layer, "fprop", torch.float32, "cpu", batch))
+        for layer in (*one, again)
+    )
+    return {
+        f"packed filters of WRN-{depth}-{width}": packed if packing.enabled() else 0,
+        "activations kept at most": cpu.KEPT_BYTES,
+        "scratch held now": cpu.scratch_bytes(),
+    }
+
+
+def gather(batch: int, depth: int, width: int) -> dict[str, Any]:
     """Everything that `info` says."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     kept = packing.report()
@@ -157,8 +183,9 @@ def gather(batch: int) -> dict[str, Any]:
         "precision": current(),
         "pinned algorithm": pinned(),
         "packed filters": {"kept": len(kept), "bytes": packing.kept_bytes()},
+        "memory of inference": memory(batch, depth, width),
         "environment": {name: value for name, value in sorted(os.environ.items()) if _watched(name)},
-        "choices": [row for device in devices for row in choices(device, batch)],
+        "choices": [row for device in devices for row in choices(device, batch, width)],
     }  # fmt: skip
 
 
@@ -168,16 +195,19 @@ def _watched(name: str) -> bool:
 
 def run(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], Sequence[Any]]:
     """Gather and lay out."""
-    data = gather(arguments.batch)
-    return 0, data, list(_lines(data))
+    depth, width = arguments.depth, arguments.width
+    if depth < 10 or (depth - 4) % 6 or width < 1:
+        raise WrnFastError(f"`--depth`, `--width`: expected 10, 16, 22, 28, ... and at least 1, got {depth}, {width}")
+    data = gather(arguments.batch, depth, width)
+    return 0, data, list(_lines(data, f"WRN-{depth}-{width}"))
 
 
-def _lines(data: dict[str, Any]) -> Sequence[Any]:
+def _lines(data: dict[str, Any], network: str) -> Sequence[Any]:
     facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for key, value in data.items():
         if key != "choices":
             facts.add_row(key, _plain(value))
-    table = Table("layer of WRN-28-10", "problem", "device", "dtype", *OPS)
+    table = Table(f"layer of {network}", "problem", "device", "dtype", *OPS)
     reasons: dict[str, list[str]] = {}
     for row in data["choices"]:
         used = (row["uses"][op] or "none" for op in OPS)

@@ -77,11 +77,10 @@ def _suits(parts: BlockParts, x: Any) -> bool:
     weight = parts.stages[0].conv.weight
     if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1] != weight.shape[1] or x.device != weight.device:
         return False
-    if torch.is_autocast_enabled(x.device.type):
+    kind = x.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):  # PyTorch raises for meta
         # a wider x keeps its dtype in the plain sum with the shortcut
-        return x.dtype == torch.get_autocast_dtype(x.device.type) or (
-            parts.shortcut is not None and x.dtype == weight.dtype
-        )
+        return x.dtype == torch.get_autocast_dtype(kind) or (parts.shortcut is not None and x.dtype == weight.dtype)
     return x.dtype == weight.dtype
 
 

@@ -11,13 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wrn_fast.kernels.conv import wide
+from wrn_fast.kernels.bound import Bound
 from wrn_fast.kernels.dropout import BLOCK_ELEMENTS
 from wrn_fast.kernels.stats import channel_block
-from wrn_fast.kernels.tile import round_to, rsqrt
+from wrn_fast.kernels.tile import round_to, rsqrt, wide
 from wrn_fast.problem import ConvProblem
 
 
+@Bound
 @triton.jit(do_not_specialize=["rows"])
 def _bn_bwd_apply_kernel(g, x, stats, gamma, sums, dx, rows, CHANNELS: tl.constexpr, EPS: tl.constexpr,
                          GAMMA: tl.constexpr, BATCH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -51,10 +52,11 @@ def bn_bwd_apply(
     rows = problem.N * problem.H * problem.W
     block_c = channel_block(problem.C)
     block_rows = BLOCK_ELEMENTS // block_c
-    _bn_bwd_apply_kernel[(-(-rows // block_rows), -(-problem.C // block_c))](
-        g, x, stats.contiguous(), stats if gamma is None else gamma.contiguous(),
-        stats if sums_g is None else sums_g.contiguous(), dx, rows,
-        CHANNELS=problem.C, EPS=problem.eps, GAMMA=gamma is not None, BATCH=problem.batch_stats, BLOCK_ROWS=block_rows,
-        BLOCK_C=block_c, WIDE=wide(x.dtype), num_warps=4, enable_fp_fusion=True,
-    )  # fmt: skip
+    vectors = (None if v is None else v.contiguous() for v in (gamma, sums_g if problem.batch_stats else None))
+    _bn_bwd_apply_kernel(
+        (-(-rows // block_rows), -(-problem.C // block_c), 1),
+        (g, x, stats.contiguous(), *vectors, dx),
+        (rows,),
+        (problem.C, problem.eps, gamma is not None, problem.batch_stats, block_rows, block_c, wide(x.dtype)),
+    )
     return dx

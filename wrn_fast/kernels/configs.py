@@ -62,6 +62,7 @@ class TileConfig:
     stages: int
     apply: bool = False  # act(bn(x)) is written by a pass of its own instead of made in the loop
     splits: int = 1  # wgrad: partial sums, added in index order
+    box: bool = False  # pixels arrive as 4-D boxes (TMA), zeros outside the image by the hardware
 
     @property
     def width(self) -> int:
@@ -72,6 +73,10 @@ class TileConfig:
 def reduction(op: str, problem: ConvProblem) -> int:
     """Channels that a tap reduces over; pixels for wgrad."""
     return {"fprop": problem.C, "dgrad": problem.K, "wgrad": problem.N * problem.P * problem.Q}[op]
+
+
+_BOX_EXTENT = 256  # most of one dimension of a box
+_BOX_ALIGNMENT = 16  # bytes of the strides and the channels of a box
 
 
 def _power_of_two(n: int) -> bool:
@@ -93,9 +98,40 @@ def illegal(config: TileConfig, op: str, problem: ConvProblem, arch: Arch) -> st
         return f"`splits`: expected 1, or more for wgrad, got {config.splits}"
     if smem_bytes(config, problem.dtype.itemsize) > arch.smem_bytes:
         return f"`stages`: {config.stages} need more than {arch.smem_bytes} bytes of shared memory on {arch.name}"
+    if config.box:
+        reason = _no_box(config, op, problem, arch)
+        if reason:
+            return reason
     lanes = config.warps * arch.warp
     if arch.name != "interpreter" and config.rows * config.width > 208 * lanes:
         return f"`rows`: {config.rows} x {config.width} accumulators do not fit the registers of {config.warps} warps"
+    return None
+
+
+def box_shape(rows: int, rows_h: int, rows_w: int) -> tuple[int, int, int] | None:
+    """(images, rows, columns) of `rows` pixels in a row of images of rows_h x rows_w; None where they are no box."""
+    if not (_power_of_two(rows_h) and _power_of_two(rows_w) and rows_w <= min(rows, _BOX_EXTENT)):
+        return None
+    height = min(rows_h, rows // rows_w)
+    images = rows // (height * rows_w)
+    return (images, height, rows_w) if max(images, height) <= _BOX_EXTENT else None
+
+
+def _no_box(config: TileConfig, op: str, problem: ConvProblem, arch: Arch) -> str | None:
+    if arch.name not in ("sm_90", "interpreter"):
+        return f"`box`: expected a GPU with tensor descriptors (sm_90), got {arch.name}"
+    if op == "wgrad" or (op == "fprop" and problem.stride != 1):
+        return f"`box`: expected fprop of stride 1 or dgrad, got {op} of stride {problem.stride}"
+    channels = reduction(op, problem)
+    if channels * problem.dtype.itemsize % _BOX_ALIGNMENT:
+        return f"`box`: expected channels in multiples of {_BOX_ALIGNMENT} bytes, got {channels} of {problem.dtype}"
+    grids = {(problem.P, problem.Q)} if op == "fprop" else {
+        (-(-(problem.H - a) // problem.stride), -(-(problem.W - b) // problem.stride))
+        for a in range(min(problem.stride, problem.H)) for b in range(min(problem.stride, problem.W))
+    }  # fmt: skip
+    for grid in grids:
+        if box_shape(config.rows, *grid) is None:
+            return f"`box`: expected an image whose sides are powers of two, no wider than the tile, got {grid}"
     return None
 
 
@@ -204,8 +240,15 @@ def _heuristic_wgrad(problem: ConvProblem, arch: Arch) -> TileConfig:
     return _stages(TileConfig(rows, red, cols, warps, 1, apply, splits), size, arch)
 
 
+def in_fp8(config: TileConfig, problem: ConvProblem, arch: Arch) -> TileConfig:
+    """The tile of fprop for e4m3 operands, which come from a pass of their own: 32 channels at least are multiplied."""
+    return _stages(
+        replace(config, red=block(problem.C, (128, 64) if problem.C > 32 else (32,)), apply=True, box=False), 1, arch
+    )
+
+
 # In the order in which `variations` are tried: what decides most comes first.
-KNOBS = ("cols", "rows", "red", "apply", "warps", "stages", "splits")
+KNOBS = ("cols", "rows", "red", "apply", "box", "warps", "stages", "splits")
 
 
 def variations(knob: str, config: TileConfig, op: str, problem: ConvProblem, arch: Arch) -> list[TileConfig]:
@@ -217,6 +260,7 @@ def variations(knob: str, config: TileConfig, op: str, problem: ConvProblem, arc
         "rows": [32, 64, 128, 256],
         "red": [16, 32, 64, 128],
         "apply": [False, True] if source and op != "dgrad" else [config.apply],
+        "box": [False, True],
         "warps": [4, 8],
         "stages": [1, 2, 3, 4, 5],
         "splits": [max(1, config.splits // 2), config.splits, config.splits * 2] if op == "wgrad" else [1],

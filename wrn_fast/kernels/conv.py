@@ -22,13 +22,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from wrn_fast.kernels.bound import Bound
 from wrn_fast.kernels.configs import TileConfig
-from wrn_fast.kernels.tile import act_bwd, act_fwd, affine_tile, dot, drop, keep_tile, prologue, round_to, tile_stats
+from wrn_fast.kernels.epilogue import dgrad_columns, fprop_columns, ratio
+from wrn_fast.kernels.tile import dot, drop_args, prologue, wide
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,22 @@ class ConvSpec:
     stats: bool = False  # fprop: (pivot, offset, M2) a tile; dgrad: sums of g and g*xhat
     in_bn: bool = False  # dgrad's epilogue: BatchNorm and activation of x
     in_act: int = 0
+    in_mask: bool = False  # act' as one bit an element, in place of BatchNorm and activation of x
+    scaled: bool = False  # operands in e4m3: sums times `factor`, those of the shortcut times `factor_short`
+    box: tuple[int, int, int] = (0, 0, 0)  # images, rows, columns that a tile reads at once; 0: by pointers
+
+    def __hash__(self) -> int:
+        """Made once: a launch looks its kernel up by it."""
+        found = self.__dict__.get("_hash")
+        if found is None:
+            found = hash(tuple(self.__dict__.values()))
+            object.__setattr__(self, "_hash", found)
+        return found
+
+    @property
+    def drops(self) -> bool:
+        """Does the kernel draw a mask?"""
+        return self.drop_y or self.drop_act
 
 
 # A value of 1 or a multiple of 16 would otherwise compile a kernel of its own.
@@ -100,85 +118,13 @@ def _load_filter(pointer, offsets, mask, EVEN: tl.constexpr):
     return b
 
 
-@triton.jit
-def _fprop_columns(acc, tile, rows, pixel, base, col, y, y_act, residual, bias, out_scale, out_shift, rng, partial,
-                   threshold, keep, keep_low, spec: tl.constexpr, BLOCK_COLS: tl.constexpr,
-                   WIDE: tl.constexpr):  # fmt: skip
-    """y = drop(acc + bias + residual), y_act = drop(act(y*scale + shift)), statistics of y as written."""
-    COLS: tl.constexpr = spec.cols
-    k = col + tl.arange(0, BLOCK_COLS)
-    km = k < COLS
-    valid = rows[:, None] & km[None, :]
-    index = pixel[:, None] * COLS + k[None, :]
-    v = acc
-    if spec.bias:
-        v += tl.load(bias + k, mask=km, other=0.0).to(WIDE)[None, :]
-    if spec.residual:
-        v += tl.load(residual + base + index, mask=valid, other=0.0).to(WIDE)
-    if spec.drop_y:
-        kept = keep_tile(base, pixel, col, rng, threshold, COLS, BLOCK_COLS)
-        v = drop(v, kept, keep, keep_low, WIDE)
-    v_out = round_to(v, y.dtype.element_ty)
-    if spec.store_y:
-        tl.store(y + base + index, v_out, mask=valid)
-    v = v_out.to(WIDE)
-    if spec.act_out >= 0:
-        z = v
-        if spec.out_scale:
-            z = z * tl.load(out_scale + k, mask=km, other=0.0).to(WIDE)[None, :]
-        if spec.out_shift:
-            z = z + tl.load(out_shift + k, mask=km, other=0.0).to(WIDE)[None, :]
-        z = act_fwd(z, spec.act_out, spec.slope)
-        if spec.drop_act:
-            kept = keep_tile(base, pixel, col, rng, threshold, COLS, BLOCK_COLS)
-            z = drop(z, kept, keep, keep_low, WIDE)
-        tl.store(y_act + base + index, round_to(z, y_act.dtype.element_ty), mask=valid)
-    if spec.stats:
-        pivot, offset, m2 = tile_stats(v, rows, valid, WIDE)
-        part = partial + tile.to(tl.int64) * (3 * COLS)
-        tl.store(part + k, pivot, mask=km)
-        tl.store(part + COLS + k, offset, mask=km)
-        tl.store(part + 2 * COLS + k, m2, mask=km)
-
-
-@triton.jit
-def _dgrad_columns(acc, tile, rows, pixel, base, col, g, x_in, affine_in, rng, partial, threshold, keep, keep_low,
-                   spec: tl.constexpr, BLOCK_COLS: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """g = acc * mask * act'(bn(x)), sums of g as written and of g * xhat."""
-    COLS: tl.constexpr = spec.cols
-    k = col + tl.arange(0, BLOCK_COLS)
-    km = k < COLS
-    valid = rows[:, None] & km[None, :]
-    index = pixel[:, None] * COLS + k[None, :]
-    v = acc
-    if spec.in_act > 0 or spec.stats:
-        xv = tl.load(x_in + base + index, mask=valid, other=0.0).to(WIDE)
-    if spec.drop_y:
-        kept = keep_tile(base, pixel, col, rng, threshold, COLS, BLOCK_COLS)
-        v = drop(v, kept, keep, keep_low, WIDE)
-    if spec.in_act > 0:
-        u = xv
-        if spec.in_bn:
-            u = affine_tile(xv, affine_in, k, COLS, spec.center)
-        v = act_bwd(v, u, spec.in_act, spec.slope)
-    v_out = round_to(v, g.dtype.element_ty)
-    tl.store(g + base + index, v_out, mask=valid)
-    if spec.stats:
-        v = tl.where(valid, v_out.to(WIDE), 0.0)
-        mean = tl.load(affine_in + 2 * COLS + k, mask=km, other=0.0)
-        rstd = tl.load(affine_in + 3 * COLS + k, mask=km, other=0.0)
-        xhat = tl.where(valid, (xv - mean[None, :]) * rstd[None, :], 0.0)
-        part = partial + tile.to(tl.int64) * (2 * COLS)
-        tl.store(part + k, tl.sum(v, 0), mask=km)
-        tl.store(part + COLS + k, tl.sum(v * xhat, 0), mask=km)
-
-
+@Bound
 @triton.jit(do_not_specialize=RUNTIME)
 def _conv_kernel(x, w, affine, x_short, w_short, affine_short, y, y_act, residual, bias, out_scale, out_shift, x_in,
-                 affine_in, rng, partial, N, threshold, keep, keep_low, spec: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-                 BLOCK_RED: tl.constexpr, COLS0: tl.constexpr, COLS1: tl.constexpr, PREC: tl.constexpr,
-                 WIDE: tl.constexpr):  # fmt: skip
-    """See the head of the file. Absent tensors are x again and never read."""
+                 affine_in, mask_in, rng, partial, factor, factor_short, N, threshold, keep, keep_low,
+                 spec: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_RED: tl.constexpr, COLS0: tl.constexpr,
+                 COLS1: tl.constexpr, PREC: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """See the head of the file. Absent tensors are None, which is no argument of the compiled kernel."""
     H: tl.constexpr = spec.H
     W: tl.constexpr = spec.W
     RED: tl.constexpr = spec.red
@@ -188,6 +134,7 @@ def _conv_kernel(x, w, affine, x_short, w_short, affine_short, y, y_act, residua
     IMAGE: tl.constexpr = spec.rows_h * spec.rows_w
     SIGN: tl.constexpr = spec.in_sign
     EVEN: tl.constexpr = RED % BLOCK_RED == 0
+    BOX: tl.constexpr = spec.box[0] > 0
     EVEN_B: tl.constexpr = EVEN and COLS % (COLS0 + COLS1) == 0
     column_tiles: tl.constexpr = (COLS + COLS0 + COLS1 - 1) // (COLS0 + COLS1)
     tile = tl.program_id(0) // column_tiles
@@ -203,10 +150,13 @@ def _conv_kernel(x, w, affine, x_short, w_short, affine_short, y, y_act, residua
     if spec.image64:
         n = n.to(tl.int64)
     cr = tl.arange(0, BLOCK_RED)
-    a_offset = ((n * H + h) * W + v)[:, None] * RED + cr[None, :]
-    x_tile = x + first.to(tl.int64) * (H * W * RED)
+    if BOX:
+        top = (tile * BLOCK_ROWS % IMAGE) // spec.rows_w + spec.in_first_h
+    else:
+        a_offset = ((n * H + h) * W + v)[:, None] * RED + cr[None, :]
+        x_tile = x + first.to(tl.int64) * (H * W * RED)
     bits = tl.zeros((BLOCK_ROWS,), tl.int32)
-    if spec.halo:
+    if spec.halo and not (BOX and not spec.source):
         for r in tl.static_range(TAPS_H):
             for s in tl.static_range(TAPS_W):
                 hr = h + SIGN * r
@@ -235,17 +185,21 @@ def _conv_kernel(x, w, affine, x_short, w_short, affine_short, y, y_act, residua
     c0 = 0
     STEPS: tl.constexpr = TAPS_H * TAPS_W * ((RED + BLOCK_RED - 1) // BLOCK_RED)
     for _ in tl.range(0, STEPS):
-        if spec.halo:
+        if spec.halo and not (BOX and not spec.source):
             inside = ((bits >> (r * TAPS_W + s)) & 1) != 0
         else:
             inside = rows
         c = c0 + cr
         cm = (c < RED)[:, None]
-        if EVEN:
-            am = inside[:, None] & (cr >= 0)[None, :]
+        if BOX:
+            a = x.load([first, top + SIGN * r, spec.in_first_w + SIGN * s, c0])
+            a = tl.reshape(a, (BLOCK_ROWS, BLOCK_RED))
         else:
-            am = inside[:, None] & (c < RED)[None, :]
-        a = tl.load(x_tile + (SIGN * (r * W + s) * RED + c0) + a_offset, mask=am, other=0.0)
+            if EVEN:
+                am = inside[:, None] & (cr >= 0)[None, :]
+            else:
+                am = inside[:, None] & (c < RED)[None, :]
+            a = tl.load(x_tile + (SIGN * (r * W + s) * RED + c0) + a_offset, mask=am, other=0.0)
         if spec.source:
             a = prologue(a, inside, c, affine, RED, spec.bn, spec.center, spec.act, spec.slope, EVEN, spec.halo,
                          spec.select, a.dtype, WIDE)  # fmt: skip
@@ -272,6 +226,11 @@ def _conv_kernel(x, w, affine, x_short, w_short, affine_short, y, y_act, residua
         d0 = cr[:, None] + k0[None, :] * C2
         if COLS1 > 0:
             d1 = cr[:, None] + k1[None, :] * C2
+        if spec.scaled:
+            acc0 *= ratio(factor, factor_short, k0, COLS)[None, :]
+            if COLS1 > 0:
+                acc1 *= ratio(factor, factor_short, k1, COLS)[None, :]
+            factor = factor_short
         for e0 in tl.range(0, C2, BLOCK_RED):
             c = e0 + cr
             cm = (c < C2)[:, None]
@@ -286,20 +245,25 @@ def _conv_kernel(x, w, affine, x_short, w_short, affine_short, y, y_act, residua
             acc0 = dot(a, _load_filter(w_short + e0, d0, b0_mask & cm, EVEN2_B), acc0, PREC, WIDE)
             if COLS1 > 0:
                 acc1 = dot(a, _load_filter(w_short + e0, d1, b1_mask & cm, EVEN2_B), acc1, PREC, WIDE)
+    if spec.scaled:
+        acc0 *= tl.load(factor + k0, mask=k0 < COLS, other=0.0)[None, :]
+        if COLS1 > 0:
+            acc1 *= tl.load(factor + k1, mask=k1 < COLS, other=0.0)[None, :]
     pixel = (n * spec.out_h + i * spec.out_step + spec.out_first_h) * spec.out_w + j * spec.out_step + spec.out_first_w
     base = first.to(tl.int64) * (spec.out_h * spec.out_w * COLS)
     if spec.backward:
-        _dgrad_columns(acc0, tile, rows, pixel, base, col, y, x_in, affine_in, rng, partial, threshold, keep, keep_low,
-                       spec, COLS0, WIDE)  # fmt: skip
+        base_mask = first.to(tl.int64) * (spec.out_h * spec.out_w * ((COLS + 7) // 8))
+        dgrad_columns(acc0, tile, rows, pixel, base, base_mask, col, y, x_in, affine_in, mask_in, out_scale, rng,
+                      partial, threshold, keep, keep_low, spec, COLS0, WIDE)  # fmt: skip
         if COLS1 > 0:
-            _dgrad_columns(acc1, tile, rows, pixel, base, col + COLS0, y, x_in, affine_in, rng, partial, threshold,
-                           keep, keep_low, spec, COLS1, WIDE)  # fmt: skip
+            dgrad_columns(acc1, tile, rows, pixel, base, base_mask, col + COLS0, y, x_in, affine_in, mask_in,
+                          out_scale, rng, partial, threshold, keep, keep_low, spec, COLS1, WIDE)  # fmt: skip
     else:
-        _fprop_columns(acc0, tile, rows, pixel, base, col, y, y_act, residual, bias, out_scale, out_shift, rng, partial,
-                       threshold, keep, keep_low, spec, COLS0, WIDE)  # fmt: skip
+        fprop_columns(acc0, tile, rows, pixel, base, col, y, y_act, residual, bias, out_scale, out_shift, rng, partial,
+                      threshold, keep, keep_low, spec, COLS0, WIDE)  # fmt: skip
         if COLS1 > 0:
-            _fprop_columns(acc1, tile, rows, pixel, base, col + COLS0, y, y_act, residual, bias, out_scale, out_shift,
-                           rng, partial, threshold, keep, keep_low, spec, COLS1, WIDE)  # fmt: skip
+            fprop_columns(acc1, tile, rows, pixel, base, col + COLS0, y, y_act, residual, bias, out_scale, out_shift,
+                          rng, partial, threshold, keep, keep_low, spec, COLS1, WIDE)  # fmt: skip
 
 
 def row_tiles(problem_n: int, spec: ConvSpec, config: TileConfig) -> int:
@@ -312,40 +276,30 @@ def launch(
     spec: ConvSpec,
     config: TileConfig,
     precision: str,
-    drop_args: tuple,
+    p: float,
     x: Tensor,
     w: Tensor,
     y: Tensor,
     **tensors: Tensor | None,
 ) -> None:
     """Run `_conv_kernel` on the current stream. `tensors` by the kernel's names; what is absent is None or left out."""
-    given = [x if (t := tensors.get(name)) is None else t if t.dim() == 4 else t.contiguous() for name in _OPTIONAL]
-    affine, x_short, w_short, affine_short, *rest = given
-    _conv_kernel[(row_tiles(n, spec, config) * -(-spec.cols // config.width),)](
-        x, w, affine, x_short, w_short, affine_short, y, *rest, n, *drop_args,
-        spec=spec, BLOCK_ROWS=config.rows, BLOCK_RED=config.red, COLS0=config.cols[0], COLS1=config.cols[1],
-        PREC=precision, WIDE=wide(x.dtype), num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
-    )  # fmt: skip
+    affine, x_short, w_short, affine_short, *rest = (
+        t if t is None or t.dim() == 4 else t.contiguous() for t in map(tensors.get, _OPTIONAL)
+    )
+    source = x
+    if spec.box[0]:
+        h, w_, c = spec.H, spec.W, spec.red
+        source = TensorDescriptor(x, [n, h, w_, c], [h * w_ * c, w_ * c, c, 1], [*spec.box, config.red])
+    _conv_kernel(
+        (row_tiles(n, spec, config) * -(-spec.cols // config.width), 1, 1),
+        (source, w, affine, x_short, w_short, affine_short, y, *rest),
+        (n, *(drop_args(p) if spec.drops else _NO_DROP)),
+        (spec, config.rows, config.red, *config.cols, precision, wide(x.dtype)),
+        config.warps,
+        config.stages,
+    )
 
 
 _OPTIONAL = ("affine", "x_short", "w_short", "affine_short", "y_act", "residual", "bias", "out_scale", "out_shift",
-             "x_in", "affine_in", "rng", "partial")  # fmt: skip
-
-
-def wide(dtype: torch.dtype):
-    """Accumulation: float32, float64 for float64 (interpreter only)."""
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
-def drop_args(p: float) -> tuple[int, float, float]:
-    """(threshold, keep, keep_low) of the kernels: words below the threshold are dropped.
-
-    The threshold travels as a signed 32-bit number, so that its type does not depend on p. p = 1 has none (2^32): there
-    everything is multiplied by 0. keep + keep_low is 1 / (1 - p) to float64; keep alone is its float32.
-    """
-    if p >= 1.0:
-        return -1, 0.0, 0.0
-    threshold = int(p * 2**32)
-    scale = 1.0 / (1.0 - p)
-    keep = torch.tensor(scale, dtype=torch.float32).item()
-    return threshold - (1 << 32 if threshold >= 1 << 31 else 0), keep, scale - keep
+             "x_in", "affine_in", "mask_in", "rng", "partial", "factor", "factor_short")  # fmt: skip
+_NO_DROP = (None, None, None)

@@ -7,6 +7,7 @@ and writes each of its pixels once. Stride 1 is the single class with all taps.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from wrn_fast.kernels import conv
 from wrn_fast.kernels.configs import TileConfig
 from wrn_fast.kernels.conv import ConvSpec
-from wrn_fast.kernels.fprop import contiguous, image64, pack
+from wrn_fast.kernels.fprop import box, contiguous, image64, pack
 from wrn_fast.kernels.stats import add, affine, centered
 from wrn_fast.kernels.tile import ACTS
 from wrn_fast.problem import ConvProblem
@@ -80,6 +81,7 @@ def dgrad_specs(problem: ConvProblem, config: TileConfig) -> tuple[ConvSpec, ...
                     stats=problem.want_stats and problem.prologue,
                     in_bn=problem.prologue,
                     in_act=ACTS[problem.act],
+                    box=box(config, rows_h, rows_w),
                 )
             )
     return tuple(specs)
@@ -99,27 +101,58 @@ def dgrad(
 ) -> tuple[Tensor, Tensor]:
     """(g [N,C,H,W], sums_g [2,C])."""
     specs = dgrad_specs(problem, config)
-    g = torch.empty(
-        (problem.N, problem.C, problem.H, problem.W), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-    )
-    tiles = [conv.row_tiles(problem.N, spec, config) for spec in specs]
     sums = torch.empty(0, dtype=problem.stats_dtype, device=x.device)
     partial = None
     if specs[0].stats:
-        partial = torch.empty((sum(tiles), 2, problem.C), dtype=problem.stats_dtype, device=x.device)
+        tiles = sum(conv.row_tiles(problem.N, spec, config) for spec in specs)
+        partial = torch.empty((tiles, 2, problem.C), dtype=problem.stats_dtype, device=x.device)
     table = affine(stats, gamma, beta, problem.eps, x.dtype)
-    if specs[0].red_contiguous:
-        packed = contiguous(w.permute(1, 2, 3, 0), x.dtype)
-    else:
-        packed = pack(w, x.dtype)
-    first = 0
-    for spec, count in zip(specs, tiles):
-        conv.launch(
-            problem.N, spec, config, precision, conv.drop_args(problem.p), dy, packed, g,
-            x_in=x, affine_in=table, rng=rng if spec.drop_y else None,
-            partial=None if partial is None else partial[first : first + count],
-        )  # fmt: skip
-        first += count
+    source = x if specs[0].in_act > 0 or specs[0].stats else None
+    g = _classes(problem, config, precision, specs, dy, w, rng, partial, x_in=source, affine_in=table)
     if partial is not None:
         sums = add(partial)
     return g, sums
+
+
+def input_grad(
+    problem: ConvProblem,
+    config: TileConfig,
+    precision: str,
+    dy: Tensor,
+    w: Tensor,
+    mask: Tensor | None = None,
+    scale: Tensor | None = None,
+    rng: Tensor | None = None,
+) -> Tensor:
+    """dx [N,C,H,W] = scale * act' * dropout'(dgrad(dy, w)), act' in bits: `mask` is uint8 [N,H,W,ceil(C/8)]."""
+    specs = tuple(
+        replace(spec, stats=False, in_bn=False, in_mask=mask is not None, out_scale=scale is not None)
+        for spec in dgrad_specs(problem, config)
+    )
+    return _classes(problem, config, precision, specs, dy, w, rng, None, mask_in=mask, out_scale=scale)
+
+
+def _classes(
+    problem: ConvProblem,
+    config: TileConfig,
+    precision: str,
+    specs: tuple[ConvSpec, ...],
+    dy: Tensor,
+    w: Tensor,
+    rng: Tensor | None,
+    partial: Tensor | None,
+    **tensors: Tensor | None,
+) -> Tensor:
+    """One launch a class into one tensor [N,C,H,W]; each class has its own tiles of `partial`."""
+    shape = (problem.N, problem.C, problem.H, problem.W)
+    g = torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
+    packed = contiguous(w.permute(1, 2, 3, 0), dy.dtype) if specs[0].red_contiguous else pack(w, dy.dtype)
+    first = 0
+    for spec in specs:
+        count = conv.row_tiles(problem.N, spec, config)
+        conv.launch(
+            problem.N, spec, config, precision, problem.p, dy, packed, g, rng=rng if spec.drops else None,
+            partial=None if partial is None else partial[first : first + count], **tensors,
+        )  # fmt: skip
+        first += count
+    return g

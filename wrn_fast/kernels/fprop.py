@@ -7,10 +7,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from wrn_fast.kernels import conv
-from wrn_fast.kernels.configs import TileConfig
+from wrn_fast.kernels import conv, fp8
+from wrn_fast.kernels.configs import TileConfig, box_shape
 from wrn_fast.kernels.conv import ConvSpec
 from wrn_fast.kernels.dropout import apply
+from wrn_fast.kernels.fp8 import Ranges
 from wrn_fast.kernels.stats import affine, centered, merge
 from wrn_fast.kernels.tile import ACTS
 from wrn_fast.problem import ConvProblem
@@ -21,16 +22,22 @@ def image64(config: TileConfig, image: int, *elements: int) -> bool:
     return (config.rows // image + 2) * max(elements) >= 2**31
 
 
+def box(config: TileConfig, rows_h: int, rows_w: int) -> tuple[int, int, int]:
+    """`ConvSpec.box` of a launch over images of rows_h x rows_w."""
+    return (box_shape(config.rows, rows_h, rows_w) if config.box else None) or (0, 0, 0)
+
+
 @lru_cache(maxsize=4096)
 def fprop_spec(
-    problem: ConvProblem, config: TileConfig, short_hw: tuple[int, int], scale: bool, shift: bool
+    problem: ConvProblem, config: TileConfig, short_hw: tuple[int, int], scale: bool, shift: bool, e4m3: bool = False
 ) -> ConvSpec:
     """The compiled part of a call. `short_hw`: image of the shortcut's source; scale, shift: are they given?"""
     left, right, top, bottom = problem.pad
     p, q = problem.P, problem.Q
     # Where the prologue is a pass of its own the loop reads plain values.
-    separate = config.apply or (problem.drop_at == "prologue" and problem.p > 0)
+    separate = e4m3 or config.apply or (problem.drop_at == "prologue" and problem.p > 0)
     source = not separate and (problem.prologue or problem.act != "identity")
+    short_source = not e4m3 and (problem.short_prologue or problem.short_act != "identity")
     dropping = problem.p > 0
     return ConvSpec(
         red=problem.C,
@@ -74,8 +81,8 @@ def fprop_spec(
         short_h=short_hw[0],
         short_w=short_hw[1],
         short_step=problem.short_stride,
-        short_source=problem.short_prologue or problem.short_act != "identity",
-        short_bn=problem.short_prologue,
+        short_source=short_source,
+        short_bn=short_source and problem.short_prologue,
         short_act=ACTS[problem.short_act],
         bias=problem.bias,
         residual=problem.residual,
@@ -86,6 +93,8 @@ def fprop_spec(
         drop_y=dropping and problem.drop_at == "output",
         drop_act=dropping and problem.drop_at == "output_act",
         stats=problem.want_stats,
+        scaled=e4m3,
+        box=box(config, p, q),
     )
 
 
@@ -118,10 +127,11 @@ def fprop(
     rng: Tensor | None = None,
     out_scale: Tensor | None = None,
     out_shift: Tensor | None = None,
+    ranges: Ranges | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y [N,K,P,Q], stats_y [2,K], y_act [N,K,P,Q]); an absent output has 0 elements."""
+    """(y [N,K,P,Q], stats_y [2,K], y_act [N,K,P,Q]); an absent output has 0 elements. With `ranges` in e4m3."""
     short_hw = (1, 1) if x_short is None else (x_short.shape[2], x_short.shape[3])
-    spec = fprop_spec(problem, config, short_hw, out_scale is not None, out_shift is not None)
+    spec = fprop_spec(problem, config, short_hw, out_scale is not None, out_shift is not None, ranges is not None)
     shape = (problem.N, problem.K, problem.P, problem.Q)
     y = x.new_empty(0)
     y_act = x.new_empty(0)
@@ -135,17 +145,27 @@ def fprop(
         tiles = conv.row_tiles(problem.N, spec, config)
         partial = torch.empty((tiles, 3, problem.K), dtype=problem.stats_dtype, device=x.device)
     table = affine(stats, gamma, beta, problem.eps, x.dtype)
-    source = x
-    if not spec.source and (problem.prologue or problem.act != "identity" or problem.drop_at == "prologue"):
-        mask = rng if problem.drop_at == "prologue" and problem.p > 0 else None
-        source = apply(x, table, mask, problem.act, problem.slope, problem.p)
+    short_vectors = (stats_short, gamma_short, beta_short, problem.short_eps, x.dtype)
+    mask = rng if problem.drop_at == "prologue" and problem.p > 0 else None
+    factor = factor_short = None
+    if ranges is not None:
+        act, slope, dtype = problem.act, problem.slope, ranges.dtype
+        source = apply(x, table, mask, act, slope, problem.p, ranges.x, dtype)
+        packed, factor = fp8.pack(pack(w, w.dtype), ranges.x, dtype)
+        if x_short is not None and w_short is not None and ranges.short is not None:
+            x_short = apply(x_short, affine(*short_vectors), None, problem.short_act, slope, 0.0, ranges.short, dtype)
+            w_short, factor_short = fp8.pack(pack(w_short, w_short.dtype), ranges.short, dtype)
+    else:
+        source, packed = x, pack(w, x.dtype)
+        if not spec.source and (problem.prologue or problem.act != "identity" or mask is not None):
+            source = apply(x, table, mask, problem.act, problem.slope, problem.p)
+        w_short = None if w_short is None else pack(w_short, x.dtype)
     conv.launch(
-        problem.N, spec, config, precision, conv.drop_args(problem.p), source, pack(w, x.dtype), y,
-        affine=table if spec.bn else None, x_short=x_short,
-        w_short=None if w_short is None else pack(w_short, x.dtype),
-        affine_short=affine(stats_short, gamma_short, beta_short, problem.short_eps, x.dtype),
-        y_act=y_act, residual=residual, bias=bias, out_scale=out_scale, out_shift=out_shift,
-        rng=rng if spec.drop_y or spec.drop_act else None, partial=partial,
+        problem.N, spec, config, precision, problem.p, source, packed, y, affine=table if spec.bn else None,
+        x_short=x_short, w_short=w_short,
+        affine_short=affine(*short_vectors) if spec.short_bn else None, y_act=y_act if spec.act_out >= 0 else None,
+        residual=residual, bias=bias, out_scale=out_scale, out_shift=out_shift, rng=rng if spec.drops else None,
+        partial=partial, factor=factor, factor_short=factor_short,
     )  # fmt: skip
     if partial is not None:
         stats_y = merge(partial, problem.N * problem.P * problem.Q, config.rows)

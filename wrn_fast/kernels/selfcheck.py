@@ -32,7 +32,7 @@ def reason(op: str, problem: ConvProblem, config: TileConfig, precision: str, de
     name = (
         f"{op} {str(problem.dtype).removeprefix('torch.')} {precision} {problem.R}x{problem.S}/{problem.stride} "
         f"{'act' if source else 'plain'} {config.rows}x{config.cols[0]}+{config.cols[1]}x{config.red} "
-        f"warps={config.warps} stages={config.stages} apply={config.apply}"
+        f"warps={config.warps} stages={config.stages} apply={config.apply} box={config.box}"
     )
     key = f"{device} {name}"
     if key not in _seen:
@@ -74,8 +74,9 @@ def integers(op: str, problem: ConvProblem, config: TileConfig) -> tuple[ConvPro
     columns, red = config.width, 2 * config.red
     c, k = {"fprop": (red, columns), "dgrad": (columns, red), "wgrad": (config.rows, columns)}[op]
     source = problem.prologue or problem.act != "identity"
+    h, w = (8, 4) if config.box else (9, 7)
     small = ConvProblem(
-        problem.device, problem.dtype, problem.dtype, 3, 9, 7, c, k, problem.R, problem.S, problem.stride, problem.pad,
+        problem.device, problem.dtype, problem.dtype, 3, h, w, c, k, problem.R, problem.S, problem.stride, problem.pad,
         act="relu" if source else "identity", prologue=source, affine=source,
     )  # fmt: skip
     g = torch.Generator().manual_seed(1)
@@ -119,14 +120,21 @@ def exact(op: str, problem: ConvProblem, tensors: dict[str, Tensor | None]) -> T
 
 
 def _run(op: str, problem: ConvProblem, config: TileConfig, precision: str, tensors: dict) -> Tensor:
-    from wrn_fast.kernels import dgrad, fprop, wgrad
+    from wrn_fast.kernels import dgrad, fp8, fprop, wgrad
+    from wrn_fast.kernels.fp8 import e4m3
 
-    x, w, dy, vectors = tensors["x"], tensors["w"], tensors["dy"], [tensors[n] for n in ("stats", "gamma", "beta")]
+    x, w, dy = tensors["x"], tensors["w"], tensors["dy"]
+    vectors = {name: tensors[name] for name in ("stats", "gamma", "beta")}
     if op == "fprop":
-        return fprop.fprop(problem, config, precision, x, w, *vectors)[0]
+        ranges = None
+        if precision == "fp8":
+            # Scale 1 for the activations; the filters' is what rounding to the output's dtype takes off again.
+            amax = torch.full((1,), fp8.largest(e4m3()), device=x.device)
+            ranges = fp8.Ranges(amax, None, e4m3())
+        return fprop.fprop(problem, config, precision, x, w, **vectors, ranges=ranges)[0]
     if op == "dgrad":
-        return dgrad.dgrad(problem, config, precision, dy, x, w, *vectors)[0]
-    return wgrad.wgrad(problem, config, precision, dy, x, *vectors)
+        return dgrad.dgrad(problem, config, precision, dy, x, w, **vectors)[0]
+    return wgrad.wgrad(problem, config, precision, dy, x, **vectors)
 
 
 @functools.cache

@@ -13,13 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wrn_fast.kernels.conv import wide
-from wrn_fast.kernels.tile import rsqrt, tile_stats
+from wrn_fast.kernels.bound import Bound
+from wrn_fast.kernels.tile import INTERPRETED, rsqrt, tile_stats, wide
 from wrn_fast.problem import ConvProblem
 
 GROUP = 64  # tiles that one program merges
+_AFFINE_C = 128  # channels of a program of `_affine_kernel`
 
 
+@Bound
 @triton.jit(do_not_specialize=["tiles"])
 def _add_kernel(partial, out, tiles, CHANNELS: tl.constexpr, GROUP: tl.constexpr, BLOCK_C: tl.constexpr):
     """out[group] = sum of partial[group*GROUP ...], both [tiles, 2, CHANNELS]. Program 2: which of the two."""
@@ -32,6 +34,7 @@ def _add_kernel(partial, out, tiles, CHANNELS: tl.constexpr, GROUP: tl.constexpr
     tl.store(o, tl.sum(v, 0), mask=c < CHANNELS)
 
 
+@Bound
 @triton.jit(do_not_specialize=["tiles", "total", "tile_rows"])
 def _merge_kernel(partial, out, tiles, total, tile_rows, CHANNELS: tl.constexpr, FINAL: tl.constexpr,
                   GROUP: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
@@ -73,10 +76,12 @@ def merge(partial: Tensor, total: int, tile_rows: int) -> Tensor:
         final = groups == 1
         shape = (2, channels) if final else (groups, 3, channels)
         out = torch.empty(shape, dtype=partial.dtype, device=partial.device)
-        _merge_kernel[(groups, -(-channels // block_c))](
-            partial, out, tiles, total, tile_rows, CHANNELS=channels, FINAL=final, GROUP=GROUP, BLOCK_C=block_c,
-            WIDE=wide(partial.dtype), num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
+        _merge_kernel(
+            (groups, -(-channels // block_c), 1),
+            (partial, out),
+            (tiles, total, tile_rows),
+            (channels, final, GROUP, block_c, wide(partial.dtype)),
+        )
         if final:
             return out
         partial, tile_rows = out, tile_rows * GROUP
@@ -90,13 +95,12 @@ def add(partial: Tensor) -> Tensor:
         tiles = partial.shape[0]
         groups = -(-tiles // GROUP)
         out = torch.empty((groups, 2, channels), dtype=partial.dtype, device=partial.device)
-        _add_kernel[(groups, -(-channels // block_c), 2)](
-            partial, out, tiles, CHANNELS=channels, GROUP=GROUP, BLOCK_C=block_c, num_warps=4, enable_fp_fusion=True
-        )
+        _add_kernel((groups, -(-channels // block_c), 2), (partial, out), (tiles,), (channels, GROUP, block_c))
         partial = out
     return partial[0]
 
 
+@Bound
 @triton.jit(do_not_specialize=["rows"])
 def _channel_stats_kernel(x, partial, rows, CHANNELS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
                           WIDE: tl.constexpr):  # fmt: skip
@@ -124,16 +128,20 @@ def channel_stats(problem: ConvProblem, x: Tensor) -> Tensor:
     """[2, C]: mean and biased variance of x [N,C,H,W] over N, H, W."""
     rows = problem.N * problem.H * problem.W
     block_c = channel_block(problem.C)
-    block_rows = 8192 // block_c
+    # The interpreter adds the rows of a tile one after the other, a GPU as a tree.
+    block_rows = 16 if INTERPRETED else 8192 // block_c
     tiles = -(-rows // block_rows)
     partial = torch.empty((tiles, 3, problem.C), dtype=problem.stats_dtype, device=x.device)
-    _channel_stats_kernel[(tiles, -(-problem.C // block_c))](
-        x, partial, rows, CHANNELS=problem.C, BLOCK_ROWS=block_rows, BLOCK_C=block_c, WIDE=wide(x.dtype), num_warps=4,
-        enable_fp_fusion=True,
-    )  # fmt: skip
+    _channel_stats_kernel(
+        (tiles, -(-problem.C // block_c), 1),
+        (x, partial),
+        (rows,),
+        (problem.C, block_rows, block_c, wide(x.dtype)),
+    )
     return merge(partial, rows, block_rows)
 
 
+@Bound
 @triton.jit
 def _affine_kernel(stats, gamma, beta, out, CHANNELS: tl.constexpr, EPS: tl.constexpr, GAMMA: tl.constexpr,
                    BETA: tl.constexpr, CENTER: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
@@ -170,9 +178,11 @@ def affine(
     channels = stats.shape[1]
     stats = stats.contiguous()
     out = torch.empty((4, channels), dtype=stats.dtype, device=stats.device)
-    _affine_kernel[(-(-channels // 128),)](
-        stats, stats if gamma is None else gamma.contiguous(), stats if beta is None else beta.contiguous(), out,
-        CHANNELS=channels, EPS=eps, GAMMA=gamma is not None, BETA=beta is not None, CENTER=centered(dtype), BLOCK_C=128,
-        WIDE=wide(stats.dtype), num_warps=4, enable_fp_fusion=True,
-    )  # fmt: skip
+    gamma, beta = (None if v is None else v.contiguous() for v in (gamma, beta))
+    _affine_kernel(
+        (-(-channels // _AFFINE_C), 1, 1),
+        (stats, gamma, beta, out),
+        (),
+        (channels, eps, gamma is not None, beta is not None, centered(dtype), _AFFINE_C, wide(stats.dtype)),
+    )
     return out

@@ -1,5 +1,10 @@
 """Device functions that the kernels share: activation, rounding, dropout mask, prologue, tile statistics."""
 
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
 import triton
 import triton.language as tl
 
@@ -49,22 +54,54 @@ def rsqrt(v, WIDE: tl.constexpr):
 
 @triton.jit
 def round_to(v, DTYPE: tl.constexpr):
-    """v in DTYPE, to nearest even."""
+    """v in DTYPE, to nearest even; for an e4m3 format v must be within its range."""
     if EMULATED and DTYPE == tl.bfloat16:
         f = v.to(tl.float32)
         u = f.to(tl.uint32, bitcast=True)
         r = (u + 0x7FFF + ((u >> 16) & 1)) & 0xFFFF0000
         v = tl.where(f == f, r, u).to(tl.uint32).to(tl.float32, bitcast=True)
+    if EMULATED and DTYPE.is_fp8():
+        # Three bits of mantissa; below the least normal number a fixed step, by adding 2^23 of it and taking it off.
+        STEP: tl.constexpr = 1.953125e-3 if DTYPE == tl.float8e4nv else 9.765625e-4
+        f = v.to(tl.float32)
+        u = f.to(tl.uint32, bitcast=True)
+        r = ((u + 0x7FFFF + ((u >> 20) & 1)) & 0xFFF00000).to(tl.float32, bitcast=True)
+        little = (f + 12582912.0 * STEP) - 12582912.0 * STEP
+        v = tl.where(f == f, tl.where(tl.abs(f) < 8 * STEP, little, r), 0.0).to(DTYPE).to(tl.uint8, bitcast=True)
+        v = tl.where(f == f, v, _nan_of(DTYPE)).to(tl.uint8).to(DTYPE, bitcast=True)
     return v.to(DTYPE)
+
+
+@triton.jit
+def _nan_of(DTYPE: tl.constexpr):
+    """The byte that is NaN in an e4m3 format: the interpreter converts it neither way."""
+    return 0x7F if DTYPE == tl.float8e4nv else 0x80
+
+
+@triton.jit
+def _from_fp8(v):
+    """v in float32, in the interpreter."""
+    bits = v.to(tl.uint8, bitcast=True)
+    if v.dtype == tl.float8e4nv:
+        bits = bits & 0x7F
+    return tl.where(bits == _nan_of(v.dtype), float("nan"), v.to(tl.float32))
 
 
 @triton.jit
 def dot(a, b, acc, PREC: tl.constexpr, WIDE: tl.constexpr):
     """acc + a @ b, accumulated in WIDE."""
-    if EMULATED and a.dtype == tl.bfloat16:
+    if EMULATED and PREC == "fp8":
+        a = _from_fp8(a)
+        b = _from_fp8(b)
+    elif EMULATED and a.dtype == tl.bfloat16:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PREC, out_dtype=WIDE)
+    if PREC == "fp8":
+        # sm_90 keeps 14 bits of a sum of e4m3 products: after each step it goes into a float32 accumulator.
+        acc = tl.dot(a, b, acc, max_num_imprecise_acc=None if EMULATED else a.shape[1])
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PREC, out_dtype=WIDE)
+    return acc
 
 
 @triton.jit
@@ -166,3 +203,23 @@ def tile_stats(v, rows, valid, WIDE: tl.constexpr):
     d = tl.where(valid, v - pivot[None, :], 0.0)
     offset = tl.sum(d, 0) / count
     return pivot, offset, tl.sum(d * d, 0) - count * offset * offset
+
+
+def wide(dtype: torch.dtype):
+    """Accumulation: float32, float64 for float64 (interpreter only)."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+@lru_cache(maxsize=1024)
+def drop_args(p: float) -> tuple[int, float, float]:
+    """(threshold, keep, keep_low) of the kernels: words below the threshold are dropped.
+
+    The threshold travels as a signed 32-bit number, so that its type does not depend on p. p = 1 has none (2^32): there
+    everything is multiplied by 0. keep + keep_low is 1 / (1 - p) to float64; keep alone is its float32.
+    """
+    if p >= 1.0:
+        return -1, 0.0, 0.0
+    threshold = int(p * 2**32)
+    scale = 1.0 / (1.0 - p)
+    keep = torch.tensor(scale, dtype=torch.float32).item()
+    return threshold - (1 << 32 if threshold >= 1 << 31 else 0), keep, scale - keep

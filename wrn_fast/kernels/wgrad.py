@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wrn_fast.kernels.bound import Bound
 from wrn_fast.kernels.configs import TileConfig
-from wrn_fast.kernels.conv import wide
 from wrn_fast.kernels.dropout import apply
 from wrn_fast.kernels.stats import affine, centered
-from wrn_fast.kernels.tile import ACTS, dot, prologue, round_to
+from wrn_fast.kernels.tile import ACTS, dot, prologue, round_to, wide
 from wrn_fast.problem import ConvProblem
 
 
@@ -48,6 +48,7 @@ class WgradSpec:
     act: int
 
 
+@Bound
 @triton.jit(do_not_specialize=["pixels", "split_steps"])
 def _wgrad_kernel(x, dy, slab, affine, pixels, split_steps, spec: tl.constexpr, BLOCK_C: tl.constexpr,
                   BLOCK_PIXELS: tl.constexpr, COLS0: tl.constexpr, COLS1: tl.constexpr, PREC: tl.constexpr,
@@ -128,6 +129,7 @@ def _wgrad_kernel(x, dy, slab, affine, pixels, split_steps, spec: tl.constexpr, 
         tl.store(o + c[:, None] * K + k1[None, :], acc1, mask=(c < C)[:, None] & (k1 < K)[None, :])
 
 
+@Bound
 @triton.jit(do_not_specialize=["splits"])
 def _add_slabs_kernel(slab, dw, splits, C: tl.constexpr, K: tl.constexpr, TAPS: tl.constexpr, BLOCK_C: tl.constexpr,
                       BLOCK_K: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
@@ -143,6 +145,9 @@ def _add_slabs_kernel(slab, dw, splits, C: tl.constexpr, K: tl.constexpr, TAPS: 
         at += TAPS * C * K
     out = dw + k[:, None] * (TAPS * C) + tap * C + c[None, :]
     tl.store(out, round_to(tl.trans(v), dw.dtype.element_ty), mask=(k < K)[:, None] & (c < C)[None, :])
+
+
+_SLAB_C, _SLAB_K = 32, 64  # tile of `_add_slabs_kernel`
 
 
 @lru_cache(maxsize=4096)
@@ -200,19 +205,24 @@ def wgrad(
         source = apply(x, table, mask, problem.act, problem.slope, problem.p)
     slab = torch.empty((splits, taps, problem.C, problem.K), dtype=problem.stats_dtype, device=x.device)
     c_tiles, k_tiles = -(-problem.C // config.rows), -(-problem.K // config.width)
-    _wgrad_kernel[(taps * c_tiles * k_tiles, splits)](
-        source, dy, slab, x if table is None else table, pixels, split_steps, spec=spec, BLOCK_C=config.rows,
-        BLOCK_PIXELS=config.red, COLS0=config.cols[0], COLS1=config.cols[1], PREC=precision, WIDE=wide(x.dtype),
-        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
-    )  # fmt: skip
+    _wgrad_kernel(
+        (taps * c_tiles * k_tiles, splits, 1),
+        (source, dy, slab, table if spec.bn else None),
+        (pixels, split_steps),
+        (spec, config.rows, config.red, *config.cols, precision, wide(x.dtype)),
+        config.warps,
+        config.stages,
+    )
     dw = torch.empty(
         (problem.K, problem.C, problem.R, problem.S),
         dtype=problem.w_dtype,
         device=x.device,
         memory_format=torch.channels_last,
     )
-    _add_slabs_kernel[(taps, -(-problem.C // 32), -(-problem.K // 64))](
-        slab, dw, splits, C=problem.C, K=problem.K, TAPS=taps, BLOCK_C=32, BLOCK_K=64, WIDE=wide(x.dtype), num_warps=4,
-        enable_fp_fusion=True,
-    )  # fmt: skip
+    _add_slabs_kernel(
+        (taps, -(-problem.C // _SLAB_C), -(-problem.K // _SLAB_K)),
+        (slab, dw),
+        (splits,),
+        (problem.C, problem.K, taps, _SLAB_C, _SLAB_K, wide(x.dtype)),
+    )
     return dw

@@ -18,12 +18,12 @@ from wrn_fast import cache
 from wrn_fast.errors import WrnFastError
 from wrn_fast.problem import ConvProblem
 
-FORMAT = 1
+FORMAT = 2
 BACKENDS = ("triton", "cuda")
 OPS = ("fprop", "dgrad", "wgrad")
 DTYPES = ("float16", "bfloat16", "float32")
 HEAD = ("gpu", "arch", "sms", "driver", "cuda", "torch", "triton", "wrn_fast", "date", "command")
-TILE = {"rows": int, "red": int, "cols": list, "warps": int, "stages": int, "apply": bool, "splits": int}
+TILE = {"rows": int, "red": int, "cols": list, "warps": int, "stages": int, "apply": bool, "splits": int, "box": bool}
 _FOLDER = Path(__file__).parent
 
 

@@ -1,0 +1,229 @@
+"""What runs in the compiling process: launches with a driver that launches nothing, to see what would be launched."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from kernels import aot, shipped
+from kernels.interpreted import FPROP, PROLOGUE
+from torch import Tensor
+
+from wrn_fast.kernels.configs import ARCHS, heuristic
+from wrn_fast.problem import ConvProblem
+
+ACT = shipped.ACT | {"want_stats": True}
+SMALL = ConvProblem(
+    "cuda", torch.bfloat16, torch.bfloat16, 1, 8, 8, 16, 16, 3, 3, 1, (1, 1, 1, 1), residual=True, **ACT
+)
+
+
+class Seen(NamedTuple):
+    """One launch: the compiled kernel, the grid, and what stands at run time."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    arguments: list[Any]
+
+
+class _Driver:
+    """As much of an sm_90's driver as a launch asks for."""
+
+    def __init__(self) -> None:
+        self.seen: list[Seen] = []
+        self.utils = self
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, ...]:
+        return 1, 2, 32, 0, 1024
+
+    def unload_module(self, module: int) -> None:
+        pass
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": ARCHS["sm_90"].smem_bytes}
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        """Triton's launcher reads constants from the source; so do we, to know what is left for run time."""
+        fixed = {i for (i,) in source.constants}
+        names = list(source.signature)
+
+        def launch(x: int, y: int, z: int, stream: int, function: int, packed: Any, more: Any, enter: Any, leave: Any,
+                   *arguments: Any) -> None:  # fmt: skip
+            assert len(arguments) == len(names), (len(arguments), names)
+            at_run_time = [
+                v for i, v in enumerate(arguments) if i not in fixed and source.signature[names[i]] != "constexpr"
+            ]
+            self.seen.append(Seen(metadata.hash, (x, y, z), at_run_time))
+
+        return launch
+
+
+@contextmanager
+def driver() -> Iterator[list[Seen]]:
+    """The launches inside the block. What is bound is forgotten before and after: it belongs to the driver."""
+    from triton.runtime import driver as drivers
+
+    fake = _Driver()
+    drivers.set_active(fake)
+    forget()
+    try:
+        yield fake.seen
+    finally:
+        forget()
+        drivers._active = None
+
+
+def kernels() -> list[Any]:
+    """Every bound kernel."""
+    from wrn_fast.kernels import bn_bwd_apply, conv, dropout, fp8, masks, stats, wgrad
+    from wrn_fast.kernels.bound import Bound
+
+    modules = (bn_bwd_apply, conv, dropout, fp8, masks, stats, wgrad)
+    return [v for module in modules for v in vars(module).values() if isinstance(v, Bound)]
+
+
+def forget() -> None:
+    """Nothing is bound, and Triton has no kernel of an earlier driver."""
+    for bound in kernels():
+        bound._kept.clear()
+        bound.kernel.device_caches.clear()
+
+
+def numbers_that_are_specialised() -> list[str]:
+    """Parameters of kernels that are neither tensors nor compile-time values, and that Triton would look at."""
+    found = []
+    for bound in kernels():
+        parameters = bound.kernel.params
+        assert [p.is_constexpr for p in parameters] == sorted(p.is_constexpr for p in parameters), bound.kernel
+        numbers = [p.name for p in parameters if p.do_not_specialize]
+        # Tensors come first, then numbers: the first number ends them.
+        left = [p.name for p in parameters if not p.is_constexpr and p.name not in numbers]
+        where = [p.name for p in parameters].index
+        found += [n for n in left if numbers and where(n) > where(numbers[0])]
+    return found
+
+
+def memory(problem: ConvProblem) -> dict[str, Tensor | None]:
+    """Tensors of the CPU that fit the problem, uninitialised."""
+    return {n: None if v is None else torch.empty_strided(v.shape, v.stride(), dtype=v.dtype)
+            for n, v in aot.tensors(problem).items()}  # fmt: skip
+
+
+def call(problem: ConvProblem, t: dict[str, Tensor | None], op: str = "fprop") -> Any:
+    from wrn_fast.kernels import dgrad, fprop, wgrad
+
+    tile = heuristic(op, problem, ARCHS["sm_90"]), "ieee"
+    if op == "fprop":
+        return fprop.fprop(problem, *tile, *[t[n] for n in FPROP])
+    vectors = [t[n] for n in PROLOGUE]
+    if op == "dgrad":
+        return dgrad.dgrad(problem, *tile, t["dy"], t["x"], t["w"], *vectors)
+    return wgrad.wgrad(problem, *tile, t["dy"], t["x"], *vectors)
+
+
+class Again(NamedTuple):
+    """What a second and a third call of an operator did."""
+
+    dispatched: list[int]  # launches that asked Triton, a call
+    launched: list[list[tuple]]  # (kernel, grid, numbers), a call
+
+
+def _count(calls: list[Any]) -> Again:
+    from unittest import mock
+
+    from triton.runtime.jit import JITFunction
+
+    asked: list[int] = []
+    run = JITFunction.run
+    dispatched, launched = [], []
+    with driver() as seen, mock.patch.object(JITFunction, "run", lambda *a, **k: asked.append(1) or run(*a, **k)):
+        for one in calls:
+            asked.clear()
+            seen.clear()
+            one()
+            dispatched.append(len(asked))
+            launched.append([(s.kernel, s.grid, [v for v in s.arguments if not isinstance(v, Tensor)]) for s in seen])
+    return Again(dispatched, launched)
+
+
+def repeated(op: str) -> Again:
+    """Three calls of one problem, on tensors of their own; the last at another batch."""
+    first, larger = SMALL, SMALL._replace(N=2)
+    return _count([lambda p=p: call(p, memory(p), op) for p in (first, first, larger)])
+
+
+def misaligned() -> Again:
+    """A vector that begins 4 bytes past a multiple of 16, twice, between calls with aligned ones."""
+
+    def vectors(first: int) -> dict[str, Tensor | None]:
+        return memory(SMALL) | {"gamma": torch.empty(SMALL.C + first)[first:]}
+
+    return _count([lambda first=first: call(SMALL, vectors(first)) for first in (0, 1, 1, 0)])
+
+
+def other_dtypes() -> Again:
+    """A bias in float32 and one in bfloat16."""
+    problem = SMALL._replace(bias=True)
+    bias = {dtype: {"bias": torch.empty(SMALL.K, dtype=dtype)} for dtype in (torch.float32, torch.bfloat16)}
+    order = (torch.float32, torch.bfloat16, torch.float32, torch.bfloat16)
+    return _count([lambda d=d: call(problem, memory(problem) | bias[d]) for d in order])
+
+
+def patterns(seeds: list[int], choices: list[dict]) -> int:
+    """How many launches of random problems were looked at: what is None must follow from what is compiled in."""
+    from unittest import mock
+
+    from kernels import interpreted, oracle
+
+    from wrn_fast.kernels.bound import Bound
+
+    known: dict[tuple, tuple] = {}
+
+    def record(self, grid, tensors, numbers, constants, warps=4, stages=None):
+        absent = tuple(v is None for v in (*tensors, *numbers))
+        assert known.setdefault((self.kernel.__name__, constants), absent) == absent, (self.kernel, constants)
+
+    with mock.patch.object(Bound, "__call__", record):
+        for seed, fixed in zip(seeds, choices, strict=True):
+            case = oracle.draw(seed, torch.float32, **fixed)
+            case.tensors["x_grad"] = case.tensors["x"]
+            interpreted.outputs(case, ("fprop", "dgrad", "wgrad", "elementwise"))
+    return len(known)
+
+
+def cost(op: str, problem: ConvProblem, rounds: int = 300) -> tuple[int, float]:
+    """(launches, microseconds of host time) of a call whose kernels are compiled."""
+    with driver() as seen:
+        t = memory(problem)
+        for _ in range(2):
+            seen.clear()
+            call(problem, t, op)
+        launches = len(seen)
+        best = float("inf")
+        for _ in range(5):
+            begin = time.perf_counter()
+            for _ in range(rounds):
+                call(problem, t, op)
+            best = min(best, (time.perf_counter() - begin) / rounds)
+    return launches, best * 1e6
+
+
+if __name__ == "__main__":
+    for name in ("160 eval", "160 conv1", "160 dgrad", "160 wgrad"):
+        case = shipped.cases()[f"sm_90 bf16 n128 {name}"]
+        launches, us = cost(case.op, case.problem._replace(N=1))
+        print(f"{name}: {launches} launches, {us:.0f} us of host time")

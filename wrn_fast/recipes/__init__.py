@@ -1,0 +1,1 @@
+"""Whole programs to start from: `python -m wrn_fast.recipes.train`."""
