@@ -1,18 +1,20 @@
 """A small run of every kernel, for a sanitizer to watch: `python -m benchmarks.battery.small [cuda|cpu] [what]`.
 
-`all` checks each operator on integers. `reorder` compares two tiles bit for bit, which holds only where a sanitizer has
-put integers in the place of floating-point numbers (Triton's FpSan).
+`all` checks each operator of the Triton kernels on integers, `hand-written` those of the cuda backend. `reorder`
+compares two tiles bit for bit, which holds only where a sanitizer has put integers in the place of floating-point
+numbers (Triton's FpSan).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
+from types import ModuleType
 
 import torch
 
 from wrn_fast import tune
-from wrn_fast.backends import triton
+from wrn_fast.backends import cuda, triton
 from wrn_fast.problem import ConvProblem
 
 ACT = {"prologue": True, "affine": True, "act": "relu", "eps": 1e-5}
@@ -35,22 +37,40 @@ def integers(device: str) -> None:
         if sentence:
             sys.exit(sentence)
     for op in ("channel_stats", "bn_bwd_apply", "dropout"):
-        elementwise(op, place)
+        elementwise(triton, op, place)
     print(f"{len(problems(device))} convolutions exact on {device}, elementwise kernels run")
 
 
-def elementwise(op: str, place: torch.device) -> None:
+def hand_written(device: str) -> None:
+    """Raises SystemExit where a kernel of `_cuda` is wrong; convolutions only where there is a Hopper GPU."""
+    place = torch.device(device, 0)
+    count = 0
+    for op, problem in problems(device):
+        wide = problem._replace(C=80, K=160, dtype=torch.bfloat16, w_dtype=torch.bfloat16)
+        if cuda.refused(op, wide):
+            continue
+        for tile in cuda.tiles(op, wide):
+            sentence = cuda.wrong(op, wide, tile, place)
+            if sentence:
+                sys.exit(sentence)
+            count += 1
+    for op in ("channel_stats", "bn_bwd_apply", "dropout"):
+        elementwise(cuda, op, place)
+    print(f"{count} convolutions of the cuda backend exact, its passes run")
+
+
+def elementwise(backend: ModuleType, op: str, place: torch.device) -> None:
     """One run of a kernel without a tile."""
     problem = ConvProblem(place.type, torch.float16, torch.float16, 3, 9, 7, 40, 40, 1, 1, p=0.3, drop_at="output")
     x = torch.randn(3, 40, 9, 7, device=place).half().contiguous(memory_format=torch.channels_last)
     if op == "channel_stats":
-        triton.channel_stats(problem, x)
+        backend.channel_stats(problem, x)
     elif op == "dropout":
-        triton.dropout(problem, x, torch.tensor([1, 2], device=place))
+        backend.dropout(problem, x, torch.tensor([1, 2], device=place))
     else:
         stats = torch.rand(2, 40, device=place) + 0.5
         batch = problem._replace(prologue=True, affine=True, batch_stats=True)
-        triton.bn_bwd_apply(batch, x, x, stats, stats[0], stats)
+        backend.bn_bwd_apply(batch, x, x, stats, stats[0], stats)
 
 
 def reorder(device: str) -> None:
@@ -69,4 +89,4 @@ def reorder(device: str) -> None:
 
 if __name__ == "__main__":
     device, what = (sys.argv[1:] + ["cuda", "all"])[:2] if len(sys.argv) < 3 else sys.argv[1:3]
-    {"all": integers, "reorder": reorder}[what](device)
+    {"all": integers, "hand-written": hand_written, "reorder": reorder}[what](device)

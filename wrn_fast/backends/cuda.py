@@ -80,6 +80,12 @@ def _refused_gpu(convolution: bool) -> str | None:
 
 def unsupported(op: str, problem: ConvProblem) -> str | None:
     """A sentence that says why the problem cannot run here, or None."""
+    reason = refused(op, problem)
+    return reason if reason or op not in (*_TENSORS, *_KERNEL_OF) else _failed_check(_KERNEL_OF.get(op, op), problem)
+
+
+def refused(op: str, problem: ConvProblem) -> str | None:
+    """The same without asking the GPU for a proof."""
     found, reason = _load()
     if found is None:
         return reason
@@ -92,7 +98,7 @@ def unsupported(op: str, problem: ConvProblem) -> str | None:
         return refused
     if not convolution:
         return None if problem.dtype in CODES else f"serves float16, bfloat16, float32, float64, got {problem.dtype}"
-    return _refused_convolution(op, problem) or _failed_check(op, problem)
+    return _refused_convolution(op, problem)
 
 
 def _refused_convolution(op: str, problem: ConvProblem) -> str | None:
@@ -126,12 +132,20 @@ def _failed_check(op: str, problem: ConvProblem) -> str | None:
 
 def refused_tile(op: str, problem: ConvProblem, tile: Tile, device: torch.device) -> str | None:
     """What the self-check says against `tile`, run once and remembered in a file, or None."""
+    return cuda_check.reason(op, problem, tuple(tile), extension().__file__, device, _runner(op, tile))
 
+
+def wrong(op: str, problem: ConvProblem, tile: Tile, device: torch.device) -> str | None:
+    """What the self-check says against `tile` now, or None."""
+    return cuda_check.check(op, problem, device, _runner(op, tile))
+
+
+def _runner(op: str, tile: Tile) -> cuda_check.Run:
     def run(small: ConvProblem, *tensors: Tensor | None) -> Tensor:
         out = launch(op, small, tile, *tensors, *[None] * (_TENSORS[op] - len(tensors)))
         return out if op == "wgrad" else out[0]
 
-    return cuda_check.reason(op, problem, tuple(tile), extension().__file__, device, run)
+    return run
 
 
 # Choice of a tile.
@@ -154,6 +168,18 @@ def legal(op: str, problem: ConvProblem, tile: Tile) -> bool:
     if op == "wgrad":
         return tile == Tile(0)
     return extension().refuses(op, cuda_launch.shape_of(extension(), problem), CODES[problem.dtype], tile.kind) is None
+
+
+def tiles(op: str, problem: ConvProblem) -> list[Tile]:
+    """Every tile that could serve `op` on `problem`."""
+    source = op == "fprop" and (problem.prologue or problem.act != "identity")
+    found = [Tile(kind, apply) for kind in _ROWS.values() for apply in ((False, True) if source else (False,))]
+    return [tile for tile in found if legal(op, problem, tile)]
+
+
+def rows(tile: Tile) -> int:
+    """The pixels of a tile: the field of a tuned row that names its kind."""
+    return next(count for count, kind in _ROWS.items() if kind == tile.kind)
 
 
 def _row(op: str, problem: ConvProblem, index: int) -> dict[str, Any] | None:
