@@ -3,11 +3,6 @@
 #include "sm90.h"
 
 namespace wrn_fast {
-
-// Weak: a build may lack the weight gradient, which then is a reason of `refuses`.
-__attribute__((weak)) cudaError_t sm90_wgrad(const Sm90Wgrad& args, cudaStream_t stream);
-__attribute__((weak)) int64_t sm90_wgrad_workspace(const ConvShape& shape, int multiprocessors);
-
 namespace cuda {
 namespace {
 
@@ -52,13 +47,8 @@ void aligned16(Pointer p, const char* name, bool optional = false) {
   require(p % 16 == 0, name, "a multiple of 16", p);
 }
 
-const char* refuses(const std::string& op, const ConvShape& s, DType dtype, Sm90Tile tile) {
-  if (op == "wgrad" && !(sm90_wgrad && sm90_wgrad_workspace)) return "this build has no kernel for it";
-  return sm90_refuses(op.c_str(), s, dtype, tile);
-}
-
 void served(const char* op, const ConvShape& s, DType dtype, Sm90Tile tile) {
-  const char* reason = refuses(op, s, dtype, tile);
+  const char* reason = sm90_refuses(op, s, dtype, tile);
   if (reason) throw std::invalid_argument(std::string(op) + ": " + reason);
 }
 
@@ -202,7 +192,7 @@ void bind_sm90(py::module_& m) {
   m.def(
       "refuses",
       [](const std::string& op, const ConvShape& s, int dtype, int tile) -> py::object {
-        const char* reason = refuses(op, s, checked_dtype(dtype), checked_tile(tile));
+        const char* reason = sm90_refuses(op.c_str(), s, checked_dtype(dtype), checked_tile(tile));
         return reason ? py::object(py::str(reason)) : py::none();
       },
       "A sentence, or None where the kernels serve the call.");
