@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from backends.harness import RUN
 from kernels import oracle
 
 import wrn_fast
-from wrn_fast import dispatch, ops, tuned
+from wrn_fast import cache, dispatch, ops, parity, tune, tuned
 from wrn_fast.backends import aten, cuda
 from wrn_fast.kernels import cuda_check, cuda_launch
+from wrn_fast.kernels.configs import TileConfig
 from wrn_fast.kernels.cuda_launch import Tile
 from wrn_fast.problem import ConvProblem
 
@@ -267,3 +269,40 @@ def test_a_kernel_that_fails_in_the_self_check_is_refused(recorder, no_memory, m
 def test_it_has_the_functions_of_aten():
     for op in (*dispatch.OPS, "unsupported"):
         assert isinstance(getattr(cuda, op), types.FunctionType) and callable(getattr(aten, op)), op
+
+
+# Whole models and tables.
+
+
+def test_a_training_step_of_a_network(recorder):
+    """Every convolution of a WideResNet in bfloat16 by this backend alone, the one on the image too."""
+    torch.manual_seed(0)
+    models = [wrn_fast.classic(10, 10, 1).bfloat16() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    exact = wrn_fast.classic(10, 10, 1).double()
+    exact.load_state_dict(models[0].state_dict())
+    x = torch.randn(2, 3, 32, 32).bfloat16()
+    losses, gradients = [], []
+    for model, name in ((models[0], "cuda"), (models[1], "aten"), (exact, "aten")):
+        with wrn_fast.backend(name):
+            y = model(x.to(next(model.parameters()).dtype))
+            y.float().square().sum().backward()
+        losses.append(y.detach())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    called = set(recorder.names())
+    assert called >= {"fprop", "dgrad", "wgrad", "bn_bwd_apply", "affine_table", "merge_moments", "pack"}
+    for got, peer, want in (losses, gradients):
+        bound = parity.one_seed_bound(parity.error(peer, want), torch.bfloat16, gradient=got.dim() == 1)
+        assert parity.error(got, want) <= bound
+
+
+@pytest.mark.parametrize("us", [1.0, 3.0])
+def test_tune_writes_a_row_only_where_these_kernels_are_faster(monkeypatch, tmp_path, us):
+    pytest.importorskip("triton")
+    row = TileConfig(256, 64, (160, 0), 12, 2)
+    monkeypatch.setattr(tune, "unsupported", lambda device: None)
+    monkeypatch.setattr(tune, "_measure", lambda *args: [(2e-6, TileConfig(128, 64, (128, 32), 8, 3))])
+    monkeypatch.setattr(tune, "_measure_cuda", lambda *args: [(us * 1e-6, row)])
+    done = tune.run([("fprop", SOURCE._replace(device="cpu"))], folder=tmp_path)
+    assert {r["backend"] for r in done["rows"]} == ({"triton", "cuda"} if us < 2 else {"triton"})
+    tuned.validate(cache.read(Path(done["path"])))
