@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
-from cuda.host_run import ACTS, DTYPES, TILES, ConvShape, Dgrad, Fprop, Prologue, Tool, pointer
+from cuda.host_run import ACTS, DTYPES, TILES, ConvShape, Dgrad, Fprop, Prologue, Tool, Wgrad, pointer
 from torch import Tensor
 
 from wrn_fast import parity
@@ -69,9 +69,10 @@ class Call:
 def draw(seed: int) -> Call:
     """A random small call."""
     rng = random.Random(seed)
-    op = rng.choice(("fprop", "fprop", "dgrad"))
-    tile = rng.choice(("fetch9", "fetch9", "shift3"))
-    c = Call(op=op, tile=tile, seed=seed, dtype=rng.choice(list(DTYPES)), blocks=rng.randint(1, 3))
+    op = rng.choice(("fprop", "fprop", "dgrad", "wgrad"))
+    tile = rng.choice(("fetch9", "fetch9", "shift3")) if op != "wgrad" else "fetch9"
+    blocks = rng.randint(1, 40 if op == "wgrad" else 3)
+    c = Call(op=op, tile=tile, seed=seed, dtype=rng.choice(list(DTYPES)), blocks=blocks)
     c.N, c.H, c.W = rng.choice((1, 1, 2, 3, 5)), rng.randint(2, 19), rng.randint(2, 19)
     c.C, c.K = rng.choice((16, 32, 48, 64, 80)), rng.choice((16, 32, 48, 64, 80))
     if tile == "shift3":
@@ -257,8 +258,25 @@ def run_dgrad(tool: Tool, c: Call) -> str | None:
     return next((f"{name}: {why}" for name, why in checks if why), None)
 
 
+def run_wgrad(tool: Tool, c: Call) -> str | None:
+    """None, or a sentence about the first thing that is wrong. `c.blocks` is the number of multiprocessors."""
+    exact = tensors_of(replace(c, op="dgrad"))
+    t = {k: aligned(exact[k], c.dtype) for k in ("x", "dy")}
+    dw = poisoned(torch.float32, c.K, c.R, c.S, c.C)
+    workspace = poisoned(torch.float32, tool.wgrad_workspace(c.shape, c.blocks) // 4)
+    args = Wgrad(c.shape, DTYPES[c.dtype], pointer(t["dy"]), pointer(t["x"]), pointer(workspace), pointer(dw))
+    wrong = tool.run("wgrad", args, c.seed, c.blocks)
+    if wrong:
+        return wrong
+    w = channels_first(exact["w"]).requires_grad_()
+    a = F.pad(channels_first(exact["x"]), c.pad)
+    F.conv2d(a, w, stride=c.stride).backward(channels_first(exact["dy"]))
+    why = differ(dw, w.grad.permute(0, 2, 3, 1))
+    return why and f"dw: {why}"
+
+
 def run(tool: Tool, c: Call) -> str | None:
-    return (run_dgrad if c.op == "dgrad" else run_fprop)(tool, c)
+    return {"fprop": run_fprop, "dgrad": run_dgrad, "wgrad": run_wgrad}[c.op](tool, c)
 
 
 def differ(got: Tensor, want: Tensor) -> str | None:

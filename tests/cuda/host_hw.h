@@ -51,7 +51,7 @@ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
   machine->barrier_wait(barrier, parity);
 }
 inline void sync_block() {
-  machine->meet(0, host::kThreads, true);
+  machine->meet(0, machine->threads(), true);
 }
 inline void sync_warp() {
   machine->meet(kWarpKey + thread() / 32, 32, true);

@@ -49,6 +49,12 @@ class Dgrad(Structure):
     ]  # fmt: skip
 
 
+class Wgrad(Structure):
+    _fields_ = [("shape", ConvShape), ("dtype", c_int32)] + [
+        (name, c_void_p) for name in ("dy", "x", "workspace", "dw")
+    ]
+
+
 def compiler() -> str:
     found = next((name for name in ("g++", "clang++") if shutil.which(name)), None)
     if found is None:
@@ -98,16 +104,18 @@ class Tool:
 
     def __init__(self, library: str) -> None:
         self.lib = ctypes.CDLL(library)
-        self.lib.host_packed_bytes.restype = self.lib.host_parts.restype = c_int64
+        for name in ("host_packed_bytes", "host_parts", "host_wgrad_workspace"):
+            getattr(self.lib, name).restype = c_int64
+        self.lib.host_wgrad_workspace.argtypes = [POINTER(ConvShape), c_int]
         self.lib.host_packed_bytes.argtypes = [c_int64, c_int64, c_int, c_int]
         self.lib.host_parts.argtypes = [POINTER(ConvShape), c_int, c_int]
         self.lib.host_refuses.restype = c_char_p
         self.lib.host_refuses.argtypes = [c_char_p, POINTER(ConvShape), c_int, c_int]
         self.lib.host_pack.argtypes = [c_void_p, c_int64, c_int64, c_int, c_int, c_int, c_void_p]
-        for name in ("host_fprop", "host_dgrad"):
+        for name in ("host_fprop", "host_dgrad", "host_wgrad"):
             getattr(self.lib, name).argtypes = [c_void_p, c_uint64, c_int, c_char_p, c_int]
-        sizes = [self.lib.host_sizes(i) for i in range(3)]
-        assert sizes == [ctypes.sizeof(t) for t in (Fprop, Dgrad, ConvShape)], "sm90.h has other structures than this"
+        sizes = [self.lib.host_sizes(i) for i in range(4)]
+        assert sizes == [ctypes.sizeof(t) for t in (Fprop, Dgrad, ConvShape, Wgrad)], "not the structures of sm90.h"
 
     def pack(self, w: Tensor, transpose: bool = False) -> Tensor:
         """The packed image of w [K,R,S,C]; `transpose` for dgrad: the rows are C then."""
@@ -122,12 +130,15 @@ class Tool:
     def parts(self, shape: ConvShape, dgrad: bool, tile: str) -> int:
         return self.lib.host_parts(byref(shape), dgrad, TILES.index(tile))
 
+    def wgrad_workspace(self, shape: ConvShape, multiprocessors: int) -> int:
+        return self.lib.host_wgrad_workspace(byref(shape), multiprocessors)
+
     def refuses(self, op: str, shape: ConvShape, dtype: torch.dtype, tile: str) -> str | None:
         reason = self.lib.host_refuses(op.encode(), byref(shape), DTYPES[dtype], TILES.index(tile))
         return None if reason is None else reason.decode()
 
     def run(self, op: str, args: Structure, seed: int, blocks: int) -> str:
-        """What went wrong, or an empty string."""
+        """What went wrong, or an empty string. `blocks`: of the persistent kernels; multiprocessors for wgrad."""
         message = ctypes.create_string_buffer(1000)
         getattr(self.lib, f"host_{op}")(byref(args), seed, blocks, message, len(message))
         return message.value.decode()

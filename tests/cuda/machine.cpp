@@ -31,20 +31,21 @@ std::string Machine::name(int agent) const {
   return "thread " + std::to_string(agent);
 }
 
-std::string Machine::run(int blocks, const std::function<void()>& kernel) {
+std::string Machine::run(int blocks, int threads, const std::function<void()>& kernel) {
   machine = this;
   kernel_ = kernel;
   blocks_ = blocks;
+  threads_ = threads;
   std::vector<int> order(blocks);
   for (int i = 0; i < blocks; ++i) order[i] = i;
   std::shuffle(order.begin(), order.end(), random_);
-  for (int i = 0; i < kThreads; ++i) {
+  for (int i = 0; i < threads_; ++i) {
     fibers_.push_back(std::make_unique<Fiber>());
     fibers_.back()->stack = std::make_unique<char[]>(kStackBytes);
   }
   for (int block : order) {
     block_ = block;
-    const std::string error = run_block(kernel);
+    const std::string error = run_block();
     if (!error.empty()) return error;
   }
   return "";
@@ -64,9 +65,9 @@ void Machine::enter() {
   _longjmp(f.env, 1);
 }
 
-std::string Machine::run_block(const std::function<void()>&) {
+std::string Machine::run_block() {
   runnable_.clear();
-  for (int i = 0; i < kThreads; ++i) {
+  for (int i = 0; i < threads_; ++i) {
     Fiber& f = *fibers_[i];
     f.started = f.finished = f.ordered = false;
     f.clock = Clock();
@@ -99,7 +100,7 @@ std::string Machine::run_block(const std::function<void()>&) {
     enter();
   }
   std::map<std::string, int> waiting;
-  for (int i = 0; i < kThreads; ++i) {
+  for (int i = 0; i < threads_; ++i) {
     if (!fibers_[i]->finished) ++waiting[fibers_[i]->waits_for];
   }
   std::string report;
@@ -110,7 +111,7 @@ std::string Machine::run_block(const std::function<void()>&) {
       return "block " + std::to_string(block_) + ": ends within a phase of barrier " + std::to_string(b.agent - kLoads);
     }
   }
-  for (int i = 0; i < kThreads; ++i) {
+  for (int i = 0; i < threads_; ++i) {
     const Fiber& f = *fibers_[i];
     if (f.products != (f.products ? executed_[i / 128] : 0) || f.clock.seen[kStores + i / 128] < f.stores) {
       return "block " + std::to_string(block_) + ": " + name(i) + " ends with products or stores in flight";

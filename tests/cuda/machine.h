@@ -26,7 +26,7 @@ namespace host {
 
 using wrn_fast::sm90::MapSpec;
 
-constexpr int kThreads = 384;
+constexpr int kThreads = 512;  // at most
 constexpr int kBarrierAgents = 64;
 // Who reads or writes: threads; loads by their barrier; products and stores by their warpgroup.
 constexpr int kLoads = kThreads, kProducts = kLoads + kBarrierAgents, kStores = kProducts + 4, kAgents = kStores + 4;
@@ -104,12 +104,13 @@ class Machine {
     if (begin) regions_.push_back({static_cast<const char*>(begin), static_cast<const char*>(begin) + bytes});
   }
   // Runs every block, in random order. "" or what went wrong.
-  std::string run(int blocks, const std::function<void()>& kernel);
+  std::string run(int blocks, int threads, const std::function<void()>& kernel);
 
   // What the instructions do; the current fiber calls.
   int thread() const { return current_; }
   int block() const { return block_; }
   int blocks() const { return blocks_; }
+  int threads() const { return threads_; }
   void barrier_init(uint32_t address, int count);
   void barrier_arrive(uint32_t address, uint32_t bytes);
   void barrier_wait(uint32_t address, uint32_t parity);
@@ -133,7 +134,7 @@ class Machine {
  private:
   Fiber& fiber() { return *fibers_[current_]; }
   uint32_t& own_time() { return fiber().clock.seen[current_]; }
-  std::string run_block(const std::function<void()>& kernel);
+  std::string run_block();
   void enter();
   void wait(std::vector<int>& list, const std::string& reason);
   void wake(std::vector<int>& list);
@@ -165,7 +166,7 @@ class Machine {
   std::vector<Word> words_;
   std::function<void()> kernel_;
   jmp_buf scheduler_;
-  int current_ = 0, block_ = 0, blocks_ = 1;
+  int current_ = 0, block_ = 0, blocks_ = 1, threads_ = 0;
   std::string error_;
 
   friend void fiber_main();
