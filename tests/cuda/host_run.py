@@ -73,11 +73,11 @@ def cuda_headers() -> str:
     pytest.skip("needs the CUDA headers")
 
 
-def build(folder: Path, *, csrc: Path = CSRC, flags: tuple[str, ...] = ()) -> Tool:
-    """The tool with the kernels of `csrc`; a broken copy of them is built the same way."""
+def compile_all(folder: Path, jobs: list[tuple[str, str]], csrc: Path, flags: tuple[str, ...] = ()) -> list[str]:
+    """Object files of (source, optimisation level)."""
     common = [
-        compiler(), "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC",
-        "-ffp-contract=off", f"-I{csrc}", f"-I{HERE}", f"-I{cuda_headers()}", *flags,
+        compiler(), "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-ffp-contract=off",
+        f"-I{csrc}", f"-I{HERE}", f"-I{cuda_headers()}", *flags,
     ]  # fmt: skip
 
     def compile_one(job: tuple[str, str]) -> str:
@@ -88,10 +88,19 @@ def build(folder: Path, *, csrc: Path = CSRC, flags: tuple[str, ...] = ()) -> To
         return out
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        jobs = [("host_run.cpp", "-O1"), ("machine.cpp", "-O3"), ("asynchronous.cpp", "-O3")]
-        objects = list(pool.map(compile_one, jobs))
+        return list(pool.map(compile_one, jobs))
+
+
+def compile_machine(folder: Path) -> list[str]:
+    return compile_all(folder, [("machine.cpp", "-O3"), ("asynchronous.cpp", "-O3")], CSRC)
+
+
+def build(folder: Path, *, csrc: Path = CSRC, flags: tuple[str, ...] = (), objects: list[str] | None = None) -> Tool:
+    """The tool with the kernels of `csrc`; a broken copy of them is built the same way."""
+    machine = compile_machine(folder) if objects is None else objects
+    kernels = compile_all(folder, [("host_run.cpp", "-O1")], csrc, flags)
     library = str(folder / "host_run.so")
-    subprocess.run([common[0], "-shared", *objects, "-o", library], check=True)
+    subprocess.run([compiler(), "-shared", *machine, *kernels, "-o", library], check=True)
     return Tool(library)
 
 
