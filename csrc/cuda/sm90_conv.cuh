@@ -41,13 +41,12 @@ template <int row_taps, class Params, class Visit>
 SM90_FN void for_each_chunk(const Params& p, int parity, Visit&& visit) {
   const int rows = p.source.rows[parity >> 1].count, columns = p.source.columns[parity & 1].count;
   const int chunks = chunks_of(p.source.channels), chunks_short = chunks_of(p.source_short.channels);
+  // One call, not one a source: each role has its loop once.
   for (int i = 0; i < chunks + chunks_short; ++i) {
-    if (i < chunks) {
-      visit(
-          Chunk{&p.source, false, i, parity, row_taps - 1, columns, row_taps > 1 ? 1 : rows, row_taps > 1 ? rows : 1});
-    } else {
-      visit(Chunk{&p.source_short, true, i - chunks, 0, 0, 1, 1, 1});
-    }
+    const bool is_short = i >= chunks;
+    visit(Chunk{is_short ? &p.source_short : &p.source, is_short, is_short ? i - chunks : i, is_short ? 0 : parity,
+                is_short ? 0 : row_taps - 1, is_short ? 1 : columns, is_short || row_taps > 1 ? 1 : rows,
+                is_short || row_taps == 1 ? 1 : rows});
   }
 }
 
@@ -183,8 +182,10 @@ SM90_FN void multiply_chunk(const Params& p, uint32_t base, int consumer, const 
     if (elected && b_done >= 0) hw::barrier_arrive(base + M::barrier(M::kBEmpty + b_done));
     if (elected && a_done >= 0) hw::barrier_arrive(base + M::barrier(M::kAEmpty + a_done));
   };
+#pragma unroll 1
   for (int fetch = 0; fetch < k.columns * k.fetches; ++fetch) {
     hw::barrier_wait(base + M::barrier(M::kAFull + a.index), a.phase);
+#pragma unroll 1
     for (int i = 0; i < k.taps; ++i) {
       hw::barrier_wait(base + M::barrier(M::kBFull + b.index), b.phase);
       uint64_t start[T::blocks];
