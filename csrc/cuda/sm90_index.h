@@ -107,33 +107,36 @@ SM90_HD int clipped(int start, int length, int64_t size) {
 }
 
 // What a launch covers: N x P x Q output pixels (of the widest class) cut into tiles, and all blocks of K of one pixel
-// tile side by side, so that they share its activations in L2. Classes are the parities of a strided dgrad, the one
-// with most taps first.
+// tile side by side, so that they share its activations in L2, and next to each other the splits of one sum. Classes
+// are the parities of a strided dgrad, the one with most taps first.
 struct Extent {
   int Q = 0, P = 0, N = 0;
 };
 struct Schedule {
   PixelTile tile;
-  int k_blocks = 1, q_tiles = 1, p_tiles = 1, n_tiles = 1, classes = 1;
+  int k_blocks = 1, q_tiles = 1, p_tiles = 1, n_tiles = 1, classes = 1, splits = 1;
 };
 struct Job {
   int k_block = 0, parity = 0;  // parity: bit 1 of rows, bit 0 of columns
   Pixel origin;
   int pixel_tile = 0;  // over all classes, in the order of the schedule
+  int split = 0;
 };
 SM90_HD int pixel_tiles(const Schedule& s) {
   return s.q_tiles * s.p_tiles * s.n_tiles * s.classes;
 }
 SM90_HD int jobs_of(const Schedule& s) {
-  return s.k_blocks * pixel_tiles(s);
+  return s.splits * s.k_blocks * pixel_tiles(s);
 }
 SM90_HD Job job_of(const Schedule& s, int job) {
-  const int t = job / s.k_blocks, per_class = s.q_tiles * s.p_tiles * s.n_tiles, i = t % per_class;
-  return {job % s.k_blocks,
+  const int block = job / s.splits, t = block / s.k_blocks, per_class = s.q_tiles * s.p_tiles * s.n_tiles,
+            i = t % per_class;
+  return {block % s.k_blocks,
           s.classes - 1 - t / per_class,
           {i % s.q_tiles << s.tile.q_log, i / s.q_tiles % s.p_tiles << s.tile.p_log,
            i / (s.q_tiles * s.p_tiles) * s.tile.n},
-          t};
+          t,
+          job % s.splits};
 }
 SM90_HD Schedule schedule_of(PixelTile t, Extent e, int k_blocks, int classes) {
   return {t,
@@ -141,7 +144,8 @@ SM90_HD Schedule schedule_of(PixelTile t, Extent e, int k_blocks, int classes) {
           static_cast<int>(ceil_div(e.Q, width_of(t))),
           static_cast<int>(ceil_div(e.P, height_of(t))),
           static_cast<int>(ceil_div(e.N, t.n)),
-          classes};
+          classes,
+          1};
 }
 // The cut of 2^rows_log pixels with least tiles; among equals the widest, then the highest. Rows of 16 pixels at most:
 // the 16 rows of a warp then start in the image if any of them lies there.
@@ -209,6 +213,20 @@ SM90_HD int chunks_of(int64_t channels) {
 }
 SM90_HD int k16_steps(int64_t channels, int chunk) {
   return least(kChunk, static_cast<int>(channels) - chunk * kChunk) / 16;
+}
+
+// A split reduction: unit u of `units` (a chunk at one filter column; a chunk of the shortcut) belongs to one split.
+SM90_HD int split_begin(int units, int splits, int split) {
+  return units * split / splits;
+}
+// As many splits as fill the multiprocessors once.
+SM90_HD int conv_splits(int units, int jobs, int multiprocessors) {
+  return most(1, least(units, multiprocessors / jobs));
+}
+// Where thread t of a consumer leaves accumulator i of a split.
+SM90_HD int64_t partial_offset(int block_k, int splits, int block, int consumer, int split, int i, int t) {
+  return (((static_cast<int64_t>(block) * kConsumers + consumer) * splits + split) * (block_k / 2) + i) * kWarpgroup +
+         t;
 }
 
 // Filters, packed: blocks [k_block][chunk][s][r] of block_k rows x 128 bytes, swizzled.
@@ -321,70 +339,6 @@ struct ConvMemory {
 
   static_assert(kBarriers * 8 <= kBarrierBytes && kBytes <= kSharedMax && kAStages >= 2 && kBStages >= 3);
   static_assert(kABytes % 1024 == 0 && kBBytes % 1024 == 0 && kStaging % 1024 == 0);
-};
-
-// wgrad: three consumers, each 64 channels at one filter position, over 128 pixels a stage. A unit is (channel chunk,
-// filter row); consumer i of group g has unit 3 g + i. With halo the three rows of one chunk share a fetch.
-constexpr int kWgradConsumers = 3, kWgradThreads = (1 + kWgradConsumers) * kWarpgroup, kWgradRowsLog = 7;
-
-struct WgradGrid {
-  int chunks = 1, R = 1, S = 1, k_blocks = 1, splits = 1;
-};
-struct WgradJob {
-  int group = 0, s = 0, k_block = 0, split = 0;
-};
-SM90_HD int wgrad_groups(const WgradGrid& g) {
-  return static_cast<int>(ceil_div(g.chunks * g.R, kWgradConsumers));
-}
-SM90_HD int wgrad_jobs(const WgradGrid& g) {
-  return wgrad_groups(g) * g.S * g.k_blocks * g.splits;
-}
-SM90_HD WgradJob wgrad_job(const WgradGrid& g, int job) {
-  const int groups = wgrad_groups(g), rest = job / groups;
-  return {job % groups, rest % g.S, rest / g.S % g.k_blocks, rest / (g.S * g.k_blocks)};
-}
-SM90_HD int unit_chunk(const WgradGrid& g, int group, int consumer) {
-  return (group * kWgradConsumers + consumer) / g.R;
-}
-SM90_HD int unit_row(const WgradGrid& g, int group, int consumer) {
-  return (group * kWgradConsumers + consumer) % g.R;
-}
-SM90_HD int units_in(const WgradGrid& g, int group) {
-  return least(kWgradConsumers, g.chunks * g.R - group * kWgradConsumers);
-}
-// As many splits of the pixels as fill the multiprocessors once: each costs a slab written and read.
-SM90_HD int wgrad_splits(const WgradGrid& one, int pixel_tiles, int multiprocessors) {
-  return most(1, least(pixel_tiles, multiprocessors / wgrad_jobs(one)));
-}
-// Both operands are MN-major: a row is a pixel. a: 64 channels a row; the next 8 pixels are a kilobyte on.
-SM90_HD uint64_t wgrad_a_descriptor(uint32_t start) {
-  return descriptor(start, 0, 8 * kRowBytes, Swizzle::b128);
-}
-// dy: planes of plane_channels() channels, 128 pixels each.
-SM90_HD uint64_t wgrad_dy_descriptor(int block_k, uint32_t start) {
-  const uint32_t row = plane_channels(block_k) * 2;
-  return descriptor(start, (1u << kWgradRowsLog) * row, 8 * row, plane_swizzle(block_k));
-}
-SM90_HD uint32_t wgrad_dy_step(int block_k) {
-  return 16 * plane_channels(block_k) * 2;
-}
-
-template <int block_k, bool halo>
-struct WgradMemory {
-  static constexpr int kHalo = halo ? 2 : 0;
-  static constexpr int kABytes = (halo ? 160 : kWgradConsumers * 128) * kRowBytes;
-  static constexpr int kDyBytes = 128 * block_k * 2;
-  static constexpr int kBarrierBytes = 256;
-  static constexpr int kStages = least(6, (kSharedMax - kBarrierBytes) / (kABytes + kDyBytes));
-  static constexpr uint32_t kBytes = kStages * (kABytes + kDyBytes) + kBarrierBytes;
-  // `consumer`: without halo each has its own fetch.
-  static SM90_HD uint32_t a(int stage, int consumer) {
-    return static_cast<uint32_t>(stage * (kABytes + kDyBytes) + (halo ? 0 : consumer * 128 * kRowBytes));
-  }
-  static SM90_HD uint32_t dy(int stage) { return static_cast<uint32_t>(stage * (kABytes + kDyBytes) + kABytes); }
-  static SM90_HD uint32_t full(int stage) { return static_cast<uint32_t>(kStages * (kABytes + kDyBytes) + stage * 16); }
-  static SM90_HD uint32_t empty(int stage) { return full(stage) + 8; }
-  static_assert(kStages >= 2 && kStages * 16 <= kBarrierBytes && kABytes % 1024 == 0 && kDyBytes % 1024 == 0);
 };
 
 }  // namespace sm90

@@ -49,6 +49,7 @@ class Call:
     want_sums: bool = False
     seed: int = 0
     blocks: int = 2
+    splits: int = 1
     tensors: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -92,6 +93,8 @@ def draw(seed: int) -> Call:
         c.act_out, c.affine_out = rng.choice(("none", "identity", "relu", "leaky_relu")), rng.random() < 0.7
         c.want_y = c.act_out == "none" or rng.random() < 0.8
     c.want_sums = rng.random() < 0.5 and c.want_y
+    if op != "wgrad" and tile == "fetch9" and rng.random() < 0.3:
+        c.splits = rng.randint(2, 6)
     return c
 
 
@@ -204,6 +207,8 @@ def run_fprop(tool: Tool, c: Call) -> str | None:
     counts, moments = poisoned(torch.float32, parts), poisoned(torch.float32, parts, 2, c.K)
     if c.want_sums:
         args.counts, args.moments = pointer(counts), pointer(moments)
+    partials, counters = tool.scratch(c.shape, False, c.splits)
+    args.splits, args.partials, args.counters = c.splits, pointer(partials), pointer(counters)
     wrong = tool.run("fprop", args, c.seed, c.blocks)
     if wrong:
         return wrong
@@ -231,6 +236,7 @@ def fprop_output(tool: Tool, c: Call, exact: dict[str, Tensor]) -> Tensor:
     args = Fprop(shape=c.shape, dtype=DTYPES[c.dtype], tile=TILES.index(c.tile), x=pointer(t["x"]))
     args.w, args.y = pointer(w), pointer(y)
     args.prologue = Prologue(pointer(t["scale"]), pointer(t["shift"]), ACTS.index(c.act), SLOPE)
+    args.splits = 1
     assert tool.run("fprop", args, c.seed, c.blocks) == ""
     return y
 
@@ -250,6 +256,8 @@ def run_dgrad(tool: Tool, c: Call) -> str | None:
     sums = poisoned(torch.float32, tool.parts(c.shape, True, c.tile), 2, c.C)
     if c.want_sums:
         args.mean, args.rstd, args.sums = pointer(t["mean"]), pointer(t["rstd"]), pointer(sums)
+    partials, counters = tool.scratch(c.shape, True, c.splits)
+    args.splits, args.partials, args.counters = c.splits, pointer(partials), pointer(counters)
     wrong = tool.run("dgrad", args, c.seed, c.blocks)
     if wrong:
         return wrong

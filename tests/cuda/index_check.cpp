@@ -311,6 +311,39 @@ void rings() {
   }
 }
 
+void splits() {
+  for (int units = 1; units < 40; ++units) {
+    for (int splits = 1; splits < 12; ++splits) {
+      CHECK(split_begin(units, splits, 0) == 0 && split_begin(units, splits, splits) == units);
+      for (int i = 0; i < splits; ++i) {
+        const int share = split_begin(units, splits, i + 1) - split_begin(units, splits, i);
+        CHECK(share == units / splits || share == units / splits + 1);
+      }
+    }
+    for (int jobs : {1, 4, 60, 200}) {
+      const int cut = conv_splits(units, jobs, 132);
+      CHECK(cut >= 1 && cut <= units && (cut == 1 || cut * jobs <= 132));
+    }
+  }
+  const Schedule whole = schedule_of({4, 3, 1}, {20, 9, 3}, 2, 1);
+  Schedule cut = whole;
+  cut.splits = 3;
+  CHECK(jobs_of(cut) == 3 * jobs_of(whole));
+  std::set<int64_t> places;
+  for (int i = 0; i < jobs_of(cut); ++i) {
+    const Job a = job_of(cut, i), b = job_of(whole, i / 3);
+    CHECK(a.split == i % 3 && a.k_block == b.k_block && a.pixel_tile == b.pixel_tile && a.origin.n == b.origin.n);
+    CHECK(a.origin.q == b.origin.q && a.origin.p == b.origin.p);
+    for (int consumer = 0; consumer < kConsumers; ++consumer) {
+      for (int r = 0; r < 32; r += 31) {
+        for (int t = 0; t < kWarpgroup; t += 127) places.insert(partial_offset(64, 3, i / 3, consumer, a.split, r, t));
+      }
+    }
+  }
+  CHECK(places.size() == static_cast<size_t>(jobs_of(cut)) * kConsumers * 4);
+  CHECK(*places.rbegin() == static_cast<int64_t>(jobs_of(cut)) * kConsumers * 32 * kWarpgroup - 1);
+}
+
 template <int N, int blocks, int row_taps>
 void memory() {
   using M = ConvMemory<N, blocks, row_taps>;
@@ -367,6 +400,7 @@ int main() {
   packing();
   staging();
   rings();
+  splits();
 #define CASE(k, tile, blocks, taps) memory<k, blocks, taps>();
   SM90_FETCH9(CASE)
   SM90_SHIFT3(CASE)

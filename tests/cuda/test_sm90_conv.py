@@ -75,6 +75,15 @@ def test_silu_is_as_near_as_eager(tool, seed, op, dtype):
     check(tool, call if op == "dgrad" else replace(call, act_out="silu"))
 
 
+@pytest.mark.parametrize("splits", [2, 3, 7, 12])
+def test_a_split_reduction_is_exact(tool, seed, splits):
+    """Batch 1: chunks, columns and the shortcut in pieces, also more pieces than there is work; all of the epilogue."""
+    call = Call(N=1, H=8, W=8, C=80, K=64, short_C=32, prologue=True, act="relu", bias=True, residual=True, seed=seed)
+    call = replace(call, act_out="relu", want_sums=True, blocks=5, splits=splits)
+    check(tool, call)
+    check(tool, replace(call, op="dgrad", short_C=0))
+
+
 @pytest.mark.parametrize("call", WGRAD, ids=lambda c: f"{c.C}-{c.K}-{c.H}x{c.W}-{c.R}x{c.S}s{c.stride}")
 def test_wgrad_is_exact(tool, seed, call):
     check(tool, replace(call, seed=seed))
