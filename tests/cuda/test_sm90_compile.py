@@ -95,7 +95,7 @@ def test_wgrad_compiles_to_the_plan(tmp_path, halo):
     check_wgrad(tmp_path, 160, halo, "BF16")
 
 
-@pytest.mark.rotate(2)
+@pytest.mark.rotate(1)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dgrad", ["false", "true"])
 @pytest.mark.parametrize("kernel", CONV)
@@ -103,7 +103,7 @@ def test_every_kernel_compiles_to_the_plan(tmp_path, kernel, dgrad, dtype):
     check_conv(tmp_path, dgrad, *kernel, dtype)
 
 
-@pytest.mark.rotate(2)
+@pytest.mark.rotate(1)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kernel", WGRAD)
 def test_every_wgrad_compiles_to_the_plan(tmp_path, kernel, dtype):

@@ -99,7 +99,7 @@ def broken(name, folder):
     return csrc
 
 
-@pytest.mark.rotate(6)
+@pytest.mark.rotate(4)
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_planted_mistake_is_reported(name, objects, tmp_path, seed):
     tool = host_run.build(tmp_path, csrc=broken(name, tmp_path), flags=("-DHOST_RUN_ONLY_32",), objects=objects)
