@@ -36,6 +36,18 @@ int64_t sm90_parts(const ConvShape& shape, bool dgrad, Sm90Tile tile) {
   return parts_of(shape, dgrad, tile);
 }
 
+int sm90_splits(const ConvShape& shape, int64_t short_C, bool dgrad, int multiprocessors) {
+  return splits_of(shape, short_C, dgrad, multiprocessors);
+}
+
+int64_t sm90_partial_bytes(const ConvShape& shape, bool dgrad, int splits) {
+  return partial_bytes(shape, dgrad, splits);
+}
+
+int64_t sm90_counters(const ConvShape& shape, bool dgrad) {
+  return split_blocks(shape, dgrad);
+}
+
 int sm90_block_k(int64_t K) {
   return block_k_of(K);
 }
@@ -45,7 +57,7 @@ int64_t sm90_packed_bytes(int64_t K, int64_t C, int R, int S) {
 }
 
 cudaError_t sm90_fprop(const Sm90Fprop& f, cudaStream_t stream) {
-  if (refuses("fprop", f.shape, f.dtype, f.tile)) return cudaErrorInvalidValue;
+  if (refuses("fprop", f.shape, f.dtype, f.tile) || refuses_splits(f)) return cudaErrorInvalidValue;
   const int block_k = block_k_of(f.shape.K);
   const bool shift3 = f.tile == Sm90Tile::shift3;
   return launch(fprop_params(f), f.dtype, (shift3 ? fprop_shift3 : fprop_fetch9)(block_k, f.dtype),
@@ -53,7 +65,7 @@ cudaError_t sm90_fprop(const Sm90Fprop& f, cudaStream_t stream) {
 }
 
 cudaError_t sm90_dgrad(const Sm90Dgrad& d, cudaStream_t stream) {
-  if (refuses("dgrad", d.shape, d.dtype, d.tile)) return cudaErrorInvalidValue;
+  if (refuses("dgrad", d.shape, d.dtype, d.tile) || refuses_splits(d)) return cudaErrorInvalidValue;
   const int block_k = block_k_of(d.shape.C);
   const bool shift3 = d.tile == Sm90Tile::shift3;
   return launch(dgrad_params(d), d.dtype, (shift3 ? dgrad_shift3 : dgrad_fetch9)(block_k, d.dtype),

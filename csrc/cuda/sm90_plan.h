@@ -7,6 +7,7 @@
 
 #include "sm90.h"
 #include "sm90_index.h"
+#include "sm90_wgrad_index.h"
 
 namespace wrn_fast {
 namespace sm90 {
@@ -54,6 +55,8 @@ struct ConvScalars {
   const float* rstd = nullptr;
   float* counts = nullptr;
   float* sums = nullptr;  // moments (fprop), sums (dgrad)
+  float* partials = nullptr;
+  int* counters = nullptr;
 };
 template <class Map>
 struct ConvParams : ConvScalars {
@@ -115,6 +118,30 @@ inline Schedule schedule_for(const ConvShape& s, bool dgrad, Sm90Tile tile) {
 }
 inline int64_t parts_of(const ConvShape& s, bool dgrad, Sm90Tile tile) {
   return static_cast<int64_t>(pixel_tiles(schedule_for(s, dgrad, tile))) * kConsumers * blocks_of(tile);
+}
+
+// Splits of the reduction of a small call: fetch9 alone has them. short_C: channels of the shortcut, 0 without.
+inline int splits_of(const ConvShape& s, int64_t short_C, bool dgrad, int multiprocessors) {
+  const int chunks = chunks_of(dgrad ? s.K : s.C);
+  // A strided dgrad is not cut: its parities differ in units.
+  const int units = dgrad && s.stride > 1 ? 1 : chunks * s.S + chunks_of(short_C);
+  return conv_splits(units, jobs_of(schedule_for(s, dgrad, Sm90Tile::fetch9)), multiprocessors);
+}
+inline int64_t split_blocks(const ConvShape& s, bool dgrad) {
+  return static_cast<int64_t>(jobs_of(schedule_for(s, dgrad, Sm90Tile::fetch9))) * kConsumers;
+}
+inline int64_t partial_bytes(const ConvShape& s, bool dgrad, int splits) {
+  return splits > 1 ? split_blocks(s, dgrad) * splits * (block_k_of(dgrad ? s.C : s.K) / 2) * kWarpgroup * 4 : 0;
+}
+template <class Args>
+inline bool refuses_splits(const Args& a) {
+  return a.splits < 1 || (a.splits > 1 && (a.tile != Sm90Tile::fetch9 || !a.partials || !a.counters));
+}
+template <class Args>
+inline void take_split(ConvScalars& p, const Args& a) {
+  p.schedule.splits = a.splits;
+  p.partials = a.partials;
+  p.counters = a.counters;
 }
 
 // Why fprop or dgrad cannot be served, or null.
@@ -192,6 +219,7 @@ inline ConvParams<MapSpec> fprop_params(const Sm90Fprop& f) {
   const ConvShape& s = f.shape;
   ConvParams<MapSpec> p;
   p.schedule = schedule_for(s, false, f.tile);
+  take_split(p, f);
   const PixelTile t = p.schedule.tile;
   p.out[0] = written(s, false);
   p.R = s.R;
@@ -234,6 +262,7 @@ inline ConvParams<MapSpec> dgrad_params(const Sm90Dgrad& d) {
   const ConvShape& s = d.shape;
   ConvParams<MapSpec> p;
   p.schedule = schedule_for(s, true, d.tile);
+  take_split(p, d);
   const PixelTile t = p.schedule.tile;
   p.R = s.R;
   p.S = s.S;

@@ -49,6 +49,7 @@ class Call:
     want_sums: bool = False
     seed: int = 0
     blocks: int = 2
+    splits: int = 1
     tensors: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -92,6 +93,8 @@ def draw(seed: int) -> Call:
         c.act_out, c.affine_out = rng.choice(("none", "identity", "relu", "leaky_relu")), rng.random() < 0.7
         c.want_y = c.act_out == "none" or rng.random() < 0.8
     c.want_sums = rng.random() < 0.5 and c.want_y
+    if op != "wgrad" and tile == "fetch9" and rng.random() < 0.3:
+        c.splits = rng.randint(2, 6)
     return c
 
 
@@ -144,9 +147,10 @@ def tensors_of(c: Call) -> dict[str, Tensor]:
     return t
 
 
-def fprop_oracle(c: Call, t: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """(y, y_act) exactly, [N,P,Q,K]."""
+def fprop_oracle(c: Call, t: dict[str, Tensor], rounded: bool = False) -> tuple[Tensor, Tensor | None]:
+    """(y, y_act) in float64, [N,P,Q,K]; `rounded`: the convolution's source in the tested dtype, as eager has it."""
     a = affine_act(t["x"], t["scale"], t["shift"], c.act) if c.prologue else t["x"]
+    a = a.to(c.dtype).double() if rounded else a
     y = F.conv2d(F.pad(channels_first(a), c.pad), channels_first(t["w"]), stride=c.stride)
     if c.short_C:
         s = t["x_short"]
@@ -203,15 +207,19 @@ def run_fprop(tool: Tool, c: Call) -> str | None:
     counts, moments = poisoned(torch.float32, parts), poisoned(torch.float32, parts, 2, c.K)
     if c.want_sums:
         args.counts, args.moments = pointer(counts), pointer(moments)
+    partials, counters = tool.scratch(c.shape, False, c.splits)
+    args.splits, args.partials, args.counters = c.splits, pointer(partials), pointer(counters)
     wrong = tool.run("fprop", args, c.seed, c.blocks)
     if wrong:
         return wrong
     want, want_act = fprop_oracle(c, exact)
     checks = []
+    eager, eager_act = fprop_oracle(c, exact, rounded=True)
     if c.want_y:
-        checks.append(("y", differ(y, want)))
+        checks.append(("y", differ(y, want) if c.act != "silu" else near(y, want, eager)))
     if want_act is not None:
-        checks.append(("y_act", differ(y_act, want_act)))
+        smooth = "silu" in (c.act, c.act_out)
+        checks.append(("y_act", near(y_act, want_act, eager_act) if smooth else differ(y_act, want_act)))
     if c.want_sums:
         stored = y.double().flatten(0, 2)
         mean, m2 = merged_moments(counts, moments)
@@ -228,6 +236,7 @@ def fprop_output(tool: Tool, c: Call, exact: dict[str, Tensor]) -> Tensor:
     args = Fprop(shape=c.shape, dtype=DTYPES[c.dtype], tile=TILES.index(c.tile), x=pointer(t["x"]))
     args.w, args.y = pointer(w), pointer(y)
     args.prologue = Prologue(pointer(t["scale"]), pointer(t["shift"]), ACTS.index(c.act), SLOPE)
+    args.splits = 1
     assert tool.run("fprop", args, c.seed, c.blocks) == ""
     return y
 
@@ -247,10 +256,13 @@ def run_dgrad(tool: Tool, c: Call) -> str | None:
     sums = poisoned(torch.float32, tool.parts(c.shape, True, c.tile), 2, c.C)
     if c.want_sums:
         args.mean, args.rstd, args.sums = pointer(t["mean"]), pointer(t["rstd"]), pointer(sums)
+    partials, counters = tool.scratch(c.shape, True, c.splits)
+    args.splits, args.partials, args.counters = c.splits, pointer(partials), pointer(counters)
     wrong = tool.run("dgrad", args, c.seed, c.blocks)
     if wrong:
         return wrong
-    checks = [("g", differ(g, dgrad_oracle(c, exact)))]
+    want = dgrad_oracle(c, exact)
+    checks = [("g", near(g, want, want) if c.act == "silu" else differ(g, want))]
     if c.want_sums:
         stored, xhat = g.double().flatten(0, 2), ((exact["x"] - exact["mean"]) * exact["rstd"]).flatten(0, 2)
         checks.append(("sum of g", far(sums[:, 0].double().sum(0), stored.sum(0), stored.abs().sum())))
@@ -283,6 +295,13 @@ def differ(got: Tensor, want: Tensor) -> str | None:
     """`got` must be the exact value rounded once; a clipped tile may well be all zero, so zeros are no objection."""
     why = parity.mismatch(got, want.to(got.dtype))
     return None if why is None or why.startswith(parity.MISTRUSTED) else why
+
+
+def near(got: Tensor, want: Tensor, eager: Tensor) -> str | None:
+    """Where a smooth activation rounds on the way: an error beyond eager's, which rounds its source and its result."""
+    error = parity.error(got, want)
+    bound = parity.one_seed_bound(parity.error(eager.to(got.dtype), want), got.dtype)
+    return None if error <= bound else f"error {error:.1e}, bound {bound:.1e}"
 
 
 def far(got: Tensor, want: Tensor, size: Tensor) -> str | None:

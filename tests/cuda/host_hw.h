@@ -182,6 +182,13 @@ inline float reciprocal(float v) {
 inline float fused(float a, float b, float c) {
   return std::fma(a, b, c);
 }
+inline void fence_global() {}
+inline int count_up(int* counter) {
+  return (*counter)++;
+}
+inline float from_other_block(const float* p) {
+  return *p;
+}
 inline float from_global(const float* p) {
   return *p;
 }

@@ -38,6 +38,7 @@ class Fprop(Structure):
         ("short_stride", c_int32), ("short_prologue", Prologue), ("w_short", c_void_p), ("bias", c_void_p),
         ("residual", c_void_p), ("y", c_void_p), ("y_act", c_void_p), ("act_out", c_int32), ("slope_out", c_float),
         ("out_scale", c_void_p), ("out_shift", c_void_p), ("counts", c_void_p), ("moments", c_void_p),
+        ("splits", c_int32), ("partials", c_void_p), ("counters", c_void_p),
     ]  # fmt: skip
 
 
@@ -45,7 +46,7 @@ class Dgrad(Structure):
     _fields_ = [
         ("shape", ConvShape), ("dtype", c_int32), ("tile", c_int32), ("dy", c_void_p), ("w", c_void_p),
         ("x", c_void_p), ("prologue", Prologue), ("mean", c_void_p), ("rstd", c_void_p), ("g", c_void_p),
-        ("sums", c_void_p),
+        ("sums", c_void_p), ("splits", c_int32), ("partials", c_void_p), ("counters", c_void_p),
     ]  # fmt: skip
 
 
@@ -113,9 +114,17 @@ class Tool:
 
     def __init__(self, library: str) -> None:
         self.lib = ctypes.CDLL(library)
+<<<<<<< HEAD
         for name in ("host_packed_bytes", "host_parts", "host_wgrad_workspace"):
             getattr(self.lib, name).restype = c_int64
         self.lib.host_wgrad_workspace.argtypes = [POINTER(ConvShape), c_int]
+=======
+        for name in ("host_packed_bytes", "host_parts", "host_wgrad_workspace", "host_partial_bytes", "host_counters"):
+            getattr(self.lib, name).restype = c_int64
+        self.lib.host_wgrad_workspace.argtypes = [POINTER(ConvShape), c_int]
+        self.lib.host_partial_bytes.argtypes = [POINTER(ConvShape), c_int, c_int]
+        self.lib.host_counters.argtypes = [POINTER(ConvShape), c_int]
+>>>>>>> work-cuda
         self.lib.host_packed_bytes.argtypes = [c_int64, c_int64, c_int, c_int]
         self.lib.host_parts.argtypes = [POINTER(ConvShape), c_int, c_int]
         self.lib.host_refuses.restype = c_char_p
@@ -142,6 +151,14 @@ class Tool:
     def wgrad_workspace(self, shape: ConvShape, multiprocessors: int) -> int:
         return self.lib.host_wgrad_workspace(byref(shape), multiprocessors)
 
+<<<<<<< HEAD
+=======
+    def scratch(self, shape: ConvShape, dgrad: bool, splits: int) -> tuple[Tensor, Tensor]:
+        """Partial sums, poisoned, and counters of a split reduction."""
+        partials = torch.full((self.lib.host_partial_bytes(byref(shape), dgrad, splits) // 4,), torch.nan)
+        return partials, torch.zeros(self.lib.host_counters(byref(shape), dgrad), dtype=torch.int32)
+
+>>>>>>> work-cuda
     def refuses(self, op: str, shape: ConvShape, dtype: torch.dtype, tile: str) -> str | None:
         reason = self.lib.host_refuses(op.encode(), byref(shape), DTYPES[dtype], TILES.index(tile))
         return None if reason is None else reason.decode()

@@ -84,6 +84,7 @@ std::string Machine::run_block() {
   }
   shared_.assign(kSharedBase + kSharedBytes, 0xff);  // NaN as fp32, bf16 and fp16
   words_.assign((kSharedBase + kSharedBytes) / 4, Word());
+  crowds_.clear();
   error_.clear();
   for (;;) {
     _setjmp(scheduler_);
@@ -219,7 +220,10 @@ void Machine::check_read(uint32_t address, int bytes, const Clock& clock, int re
     }
     int slot = 0;
     while (slot < 4 && w.reader[slot] >= 0 && w.reader[slot] != reader) ++slot;
-    if (slot == 4) fail("more readers of a word than this tool has room for" + at());
+    if (slot == 4) {
+      crowds_[i][reader] = time;
+      continue;
+    }
     w.reader[slot] = static_cast<int16_t>(reader);
     w.read_time[slot] = time;
   }
@@ -239,6 +243,12 @@ void Machine::check_write(uint32_t address, int bytes, const Clock& clock, int w
         fail("write over bytes that " + name(w.reader[slot]) + " may still read" + at());
       }
       w.reader[slot] = -1;
+    }
+    if (const auto crowd = crowds_.find(i); crowd != crowds_.end()) {
+      for (const auto& [reader, read_time] : crowd->second) {
+        if (clock.seen[reader] < read_time) fail("write over bytes that " + name(reader) + " may still read" + at());
+      }
+      crowds_.erase(crowd);
     }
     w.writer = static_cast<int16_t>(writer);
     w.write_time = time;

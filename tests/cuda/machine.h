@@ -164,6 +164,8 @@ class Machine {
   long executed_[4] = {};
   std::vector<uint8_t> shared_;
   std::vector<Word> words_;
+  // Readers of a word beyond the four that it has room for, with their times.
+  std::map<uint32_t, std::map<int, uint32_t>> crowds_;
   std::function<void()> kernel_;
   jmp_buf scheduler_;
   int current_ = 0, block_ = 0, blocks_ = 1, threads_ = 0;
