@@ -113,8 +113,6 @@ int64_t host_wgrad_workspace(const ConvShape* s, int multiprocessors) {
   return wgrad_workspace(*s, multiprocessors);
 }
 
-<<<<<<< HEAD
-=======
 int64_t host_partial_bytes(const ConvShape* s, int dgrad, int splits) {
   return partial_bytes(*s, dgrad, splits);
 }
@@ -122,7 +120,6 @@ int64_t host_counters(const ConvShape* s, int dgrad) {
   return split_blocks(*s, dgrad);
 }
 
->>>>>>> work-cuda
 int64_t host_parts(const ConvShape* s, int dgrad, int tile) {
   return parts_of(*s, dgrad, static_cast<Sm90Tile>(tile));
 }

@@ -114,17 +114,11 @@ class Tool:
 
     def __init__(self, library: str) -> None:
         self.lib = ctypes.CDLL(library)
-<<<<<<< HEAD
-        for name in ("host_packed_bytes", "host_parts", "host_wgrad_workspace"):
-            getattr(self.lib, name).restype = c_int64
-        self.lib.host_wgrad_workspace.argtypes = [POINTER(ConvShape), c_int]
-=======
         for name in ("host_packed_bytes", "host_parts", "host_wgrad_workspace", "host_partial_bytes", "host_counters"):
             getattr(self.lib, name).restype = c_int64
         self.lib.host_wgrad_workspace.argtypes = [POINTER(ConvShape), c_int]
         self.lib.host_partial_bytes.argtypes = [POINTER(ConvShape), c_int, c_int]
         self.lib.host_counters.argtypes = [POINTER(ConvShape), c_int]
->>>>>>> work-cuda
         self.lib.host_packed_bytes.argtypes = [c_int64, c_int64, c_int, c_int]
         self.lib.host_parts.argtypes = [POINTER(ConvShape), c_int, c_int]
         self.lib.host_refuses.restype = c_char_p
@@ -151,14 +145,11 @@ class Tool:
     def wgrad_workspace(self, shape: ConvShape, multiprocessors: int) -> int:
         return self.lib.host_wgrad_workspace(byref(shape), multiprocessors)
 
-<<<<<<< HEAD
-=======
     def scratch(self, shape: ConvShape, dgrad: bool, splits: int) -> tuple[Tensor, Tensor]:
         """Partial sums, poisoned, and counters of a split reduction."""
         partials = torch.full((self.lib.host_partial_bytes(byref(shape), dgrad, splits) // 4,), torch.nan)
         return partials, torch.zeros(self.lib.host_counters(byref(shape), dgrad), dtype=torch.int32)
 
->>>>>>> work-cuda
     def refuses(self, op: str, shape: ConvShape, dtype: torch.dtype, tile: str) -> str | None:
         reason = self.lib.host_refuses(op.encode(), byref(shape), DTYPES[dtype], TILES.index(tile))
         return None if reason is None else reason.decode()
