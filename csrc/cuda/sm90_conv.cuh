@@ -333,7 +333,8 @@ SM90_FN void conv_body(const Params& p) {
   }
   hw::sync_block();
   hw::let_next_grid_start();
-  // Only the filters may be read before the grid before this one has ended: nothing of a network's step writes them.
+  // Only the filters may be read before the grid before this one has ended: an early launch promises that it did not
+  // write them.
   if (warp < kWarpgroup / 32) {
     hw::registers_down<T::kProducerRegisters>();
     if (warp == 0) {

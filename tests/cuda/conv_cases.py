@@ -265,10 +265,8 @@ def run_dgrad(tool: Tool, c: Call) -> str | None:
     checks = [("g", near(g, want, want) if c.act == "silu" else differ(g, want))]
     if c.want_sums:
         stored, xhat = g.double().flatten(0, 2), ((exact["x"] - exact["mean"]) * exact["rstd"]).flatten(0, 2)
-        checks.append(("sum of g", far(sums[:, 0].double().sum(0), stored.sum(0), stored.abs().sum(0))))
-        checks.append(
-            ("sum of g xhat", far(sums[:, 1].double().sum(0), (stored * xhat).sum(0), (stored * xhat).abs().sum(0)))
-        )
+        for i, (name, v) in enumerate((("sum of g", stored), ("sum of g xhat", stored * xhat))):
+            checks.append((name, far(sums[:, i].double().sum(0), v.sum(0), v.abs().sum(0))))
     return next((f"{name}: {why}" for name, why in checks if why), None)
 
 
