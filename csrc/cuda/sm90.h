@@ -62,6 +62,9 @@ struct Sm90Fprop {
   int splits = 1;
   float* partials = nullptr;
   int* counters = nullptr;
+
+  // The kernel may start, and fetch filters, while the one before it on the stream ends: that one must not write them.
+  bool early = false;
 };
 
 // g = conv_transpose(dy, w) * act'(v), v = x * scale + shift; partial sums of g and g * (x - mean) * rstd, g as stored.
@@ -83,6 +86,9 @@ struct Sm90Dgrad {
   int splits = 1;
   float* partials = nullptr;
   int* counters = nullptr;
+
+  // The kernel may start, and fetch filters, while the one before it on the stream ends: that one must not write them.
+  bool early = false;
 };
 
 // dw [K,R,S,C] fp32 = the gradient of y = conv(a, w) by w, a = prologue(x) made by the caller. Reduction split in a

@@ -4,8 +4,8 @@
 //   y[pixel, k] = sum over source, chunk, s, r, c of a[pixel's tap (r, s), c] * w[k, r, s, c], then the epilogue
 //
 // Persistent: a block takes every gridDim.x-th job of the schedule, a tile of pixels x block_k channels. Warp 0 fetches
-// activations (TMA boxes: out of the image is zero) and packed filters (bulk copies) into two rings; warps 1 to 3 apply
-// the prologue in place; warpgroups 1 and 2 multiply, each its half of the pixels, and run the epilogue
+// activations (TMA boxes: out of the image is zero) and warp 1 packed filters (bulk copies) into two rings; warps 2 and
+// 3 apply the prologue in place; warpgroups 1 and 2 multiply, each its half of the pixels, and run the epilogue
 // (sm90_epilogue.cuh). A tile of `blocks` 64-row blocks a warpgroup reads each source row_taps times less often than an
 // implicit GEMM that fetches each tap: with row_taps 3 a box brings the pixels of one filter column with two rows of
 // halo, and the three filter rows are starts within it. All of them lie on the swizzle's period.
@@ -69,18 +69,15 @@ SM90_FN Pixel fetch_origin(const Chunk& k, int column, int row, Pixel origin) {
 }
 
 template <class T, class Params>
-SM90_FN void produce(const Params& p, uint32_t base) {
+SM90_FN void fetch_activations(const Params& p, uint32_t base) {
   using M = typename T::Memory;
-  Ring a, b;
+  Ring a;
   const int jobs = jobs_of(p.schedule);
   for (int job = hw::block(); job < jobs; job += hw::blocks()) {
     const Job j = job_of(p.schedule, job);
     for_each_chunk<T::row_taps>(p, j, [&](const Chunk& k) {
-      const Source& s = *k.source;
       const hw::Map* const map = k.is_short ? &p.a_short : &p.a;
-      const char* const filters = static_cast<const char*>(k.is_short ? p.w_short : p.w);
-      const int R = k.is_short ? 1 : p.R, S = k.is_short ? 1 : p.S,
-                bytes = fetched_rows(p.schedule.tile, k.halo) * kRowBytes;
+      const int bytes = fetched_rows(p.schedule.tile, k.halo) * kRowBytes;
       for (int column = k.first_column; column < k.first_column + k.columns; ++column) {
         for (int row = 0; row < k.fetches; ++row) {
           const Pixel at = fetch_origin(k, column, row, j.origin);
@@ -89,16 +86,32 @@ SM90_FN void produce(const Params& p, uint32_t base) {
           hw::barrier_expect(fetched, bytes);
           hw::load_box4(base + M::a(a.index), map, fetched, k.chunk * kChunk, at.q, at.p, at.n);
           a = next(a, M::kAStages);
-          for (int i = 0; i < k.taps; ++i) {
-            const int64_t block =
-                packed_block(chunks_of(s.channels), R, S, j.k_block, k.chunk, tap_of(s.columns[k.parity & 1], column),
-                             tap_of(s.rows[k.parity >> 1], row + i));
-            hw::barrier_wait(base + M::barrier(M::kBEmpty + b.index), b.phase ^ 1);
-            const uint32_t filled = base + M::barrier(M::kBFull + b.index);
-            hw::barrier_expect(filled, M::kBBytes);
-            hw::load_bytes(base + M::b(b.index), filters + block * M::kBBytes, M::kBBytes, filled);
-            b = next(b, M::kBStages);
-          }
+        }
+      }
+    });
+  }
+}
+
+template <class T, class Params>
+SM90_FN void fetch_filters(const Params& p, uint32_t base) {
+  using M = typename T::Memory;
+  Ring b;
+  const int jobs = jobs_of(p.schedule);
+  for (int job = hw::block(); job < jobs; job += hw::blocks()) {
+    const Job j = job_of(p.schedule, job);
+    for_each_chunk<T::row_taps>(p, j, [&](const Chunk& k) {
+      const Source& s = *k.source;
+      const char* const filters = static_cast<const char*>(k.is_short ? p.w_short : p.w);
+      const int R = k.is_short ? 1 : p.R, S = k.is_short ? 1 : p.S;
+      for (int column = k.first_column; column < k.first_column + k.columns; ++column) {
+        for (int i = 0; i < k.fetches * k.taps; ++i) {
+          const int64_t block = packed_block(chunks_of(s.channels), R, S, j.k_block, k.chunk,
+                                             tap_of(s.columns[k.parity & 1], column), tap_of(s.rows[k.parity >> 1], i));
+          hw::barrier_wait(base + M::barrier(M::kBEmpty + b.index), b.phase ^ 1);
+          const uint32_t filled = base + M::barrier(M::kBFull + b.index);
+          hw::barrier_expect(filled, M::kBBytes);
+          hw::load_bytes(base + M::b(b.index), filters + block * M::kBBytes, M::kBBytes, filled);
+          b = next(b, M::kBStages);
         }
       }
     });
@@ -319,15 +332,25 @@ SM90_FN void conv_body(const Params& p) {
     hw::prefetch_map(&p.a);
   }
   hw::sync_block();
+  hw::let_next_grid_start();
+  // Only the filters may be read before the grid before this one has ended: an early launch promises that it did not
+  // write them.
   if (warp < kWarpgroup / 32) {
     hw::registers_down<T::kProducerRegisters>();
     if (warp == 0) {
-      if (hw::thread() == 0) produce<T>(p, base);
+      if (hw::thread() == 0) {
+        hw::wait_for_prior_grid();
+        fetch_activations<T>(p, base);
+      }
+    } else if (warp == 1) {
+      if (hw::thread() == 32) fetch_filters<T>(p, base);
     } else if (p.prologue) {
+      hw::wait_for_prior_grid();
       transform<T>(p, base);
     }
   } else {
     hw::registers_up<T::kConsumerRegisters>();
+    hw::wait_for_prior_grid();
     consume<T>(p, base, warp / (kWarpgroup / 32) - 1);
   }
 }

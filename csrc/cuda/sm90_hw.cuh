@@ -97,6 +97,14 @@ SM90_FN void registers_down() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
 }
 
+// Programmatic dependent launch; both do nothing in a launch without it.
+SM90_FN void wait_for_prior_grid() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+SM90_FN void let_next_grid_start() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
 // Bulk copies.
 SM90_FN void prefetch_map(const Map* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");

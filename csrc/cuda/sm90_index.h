@@ -17,13 +17,13 @@
 namespace wrn_fast {
 namespace sm90 {
 
-constexpr int kChunk = 64;                     // channels: 128 bytes, the widest swizzle
-constexpr int kRowBytes = 128;                 // of one pixel or one filter in a chunk
-constexpr int kWarpgroup = 128;                // threads
-constexpr int kConsumers = 2;                  // warpgroups
-constexpr int kThreads = 3 * kWarpgroup;       // producer warpgroup first
-constexpr int kTransformers = 96;              // threads of the producer warpgroup that apply the prologue
-constexpr int kSharedMax = 232448;             // bytes a block may have
+constexpr int kChunk = 64;                // channels: 128 bytes, the widest swizzle
+constexpr int kRowBytes = 128;            // of one pixel or one filter in a chunk
+constexpr int kWarpgroup = 128;           // threads
+constexpr int kConsumers = 2;             // warpgroups
+constexpr int kThreads = 3 * kWarpgroup;  // producer warpgroup first
+constexpr int kTransformers = 64;   // threads of the producer warpgroup that apply the prologue: its last two warps
+constexpr int kSharedMax = 232448;  // bytes a block may have
 constexpr int kRegistersMax = 168 * kThreads;  // what the launch gives, to be shared out by setmaxnreg
 
 // Swizzles: XOR of address bits 4.. with bits 7.., the same in TMA and wgmma. The values are wgmma's codes.

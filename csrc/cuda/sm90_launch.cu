@@ -10,7 +10,7 @@ using namespace sm90;
 
 namespace {
 
-cudaError_t launch(const ConvParams<MapSpec>& plan, DType dtype, ConvKernel kernel, uint32_t shared_bytes,
+cudaError_t launch(const ConvParams<MapSpec>& plan, DType dtype, ConvKernel kernel, uint32_t shared_bytes, bool early,
                    cudaStream_t stream) {
   ConvParams<CUtensorMap> p{};
   static_cast<ConvScalars&>(p) = plan;
@@ -23,7 +23,7 @@ cudaError_t launch(const ConvParams<MapSpec>& plan, DType dtype, ConvKernel kern
   const cudaError_t error = multiprocessor_count(&multiprocessors);
   if (error != cudaSuccess) return error;
   return launch_kernel(reinterpret_cast<const void*>(kernel), &p, std::min(jobs_of(plan.schedule), multiprocessors),
-                       kThreads, shared_bytes, stream);
+                       kThreads, shared_bytes, early, stream);
 }
 
 }  // namespace
@@ -61,7 +61,7 @@ cudaError_t sm90_fprop(const Sm90Fprop& f, cudaStream_t stream) {
   const int block_k = block_k_of(f.shape.K);
   const bool shift3 = f.tile == Sm90Tile::shift3;
   return launch(fprop_params(f), f.dtype, (shift3 ? fprop_shift3 : fprop_fetch9)(block_k, f.dtype),
-                shared_bytes_of(block_k, f.tile), stream);
+                shared_bytes_of(block_k, f.tile), f.early, stream);
 }
 
 cudaError_t sm90_dgrad(const Sm90Dgrad& d, cudaStream_t stream) {
@@ -69,7 +69,7 @@ cudaError_t sm90_dgrad(const Sm90Dgrad& d, cudaStream_t stream) {
   const int block_k = block_k_of(d.shape.C);
   const bool shift3 = d.tile == Sm90Tile::shift3;
   return launch(dgrad_params(d), d.dtype, (shift3 ? dgrad_shift3 : dgrad_fetch9)(block_k, d.dtype),
-                shared_bytes_of(block_k, d.tile), stream);
+                shared_bytes_of(block_k, d.tile), d.early, stream);
 }
 
 }  // namespace wrn_fast

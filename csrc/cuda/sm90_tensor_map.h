@@ -64,15 +64,26 @@ inline cudaError_t multiprocessor_count(int* count) {
   return error == cudaSuccess ? cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device) : error;
 }
 
-// One launch with `shared_bytes` of dynamic shared memory; null: a kernel that was not compiled.
+// One launch with `shared_bytes` of dynamic shared memory; null: a kernel that was not compiled. early: by programmatic
+// dependent launch.
 inline cudaError_t launch_kernel(const void* kernel, void* params, int blocks, int threads, uint32_t shared_bytes,
-                                 cudaStream_t stream) {
+                                 bool early, cudaStream_t stream) {
   if (!kernel) return cudaErrorInvalidValue;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
   if (error != cudaSuccess) return error;
+  cudaLaunchAttribute dependent{};
+  dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  dependent.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &dependent;
+  config.numAttrs = early ? 1 : 0;
   void* arguments[] = {params};
-  return cudaLaunchKernel(kernel, dim3(blocks), dim3(threads), arguments, shared_bytes, stream);
+  return cudaLaunchKernelExC(&config, kernel, arguments);
 }
 
 }  // namespace sm90

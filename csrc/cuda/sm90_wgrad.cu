@@ -57,7 +57,7 @@ cudaError_t sm90_wgrad(const Sm90Wgrad& w, cudaStream_t stream) {
   const int block_k = block_k_of(w.shape.K);
   const bool halo = wgrad_halo(w.shape, plan.schedule.tile);
   error = launch_kernel(reinterpret_cast<const void*>(kernel_of(block_k, halo, w.dtype)), &p, wgrad_jobs(plan.grid),
-                        kWgradThreads, wgrad_shared_bytes(block_k, halo), stream);
+                        kWgradThreads, wgrad_shared_bytes(block_k, halo), false, stream);
   if (error != cudaSuccess || plan.grid.splits == 1) return error;
   const int64_t size = slab_size(w.shape);
   sum_slabs_kernel<<<least(4 * multiprocessors, static_cast<int>(ceil_div(size, 256))), 256, 0, stream>>>(

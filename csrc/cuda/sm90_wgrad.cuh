@@ -108,6 +108,7 @@ SM90_FN void wgrad_body(const Params& p) {
     hw::prefetch_map(&p.dy);
   }
   hw::sync_block();
+  hw::wait_for_prior_grid();
   const int group = warp / (kWarpgroup / 32);
   if (group == 0) {
     hw::registers_down<T::kProducerRegisters>();

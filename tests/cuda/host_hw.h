@@ -68,6 +68,11 @@ inline void registers_up() {}
 template <int count>
 inline void registers_down() {}
 
+inline void wait_for_prior_grid() {
+  machine->wait_for_prior_grid();
+}
+inline void let_next_grid_start() {}
+
 inline void prefetch_map(const Map*) {}
 inline void load_box4(uint32_t to, const Map* map, uint32_t barrier, int c, int w, int h, int n) {
   machine->load_box(to, *map, barrier, {c, w, h, n, 0});

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, Structure, byref, c_bool, c_char_p, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
 import pytest
@@ -38,7 +38,7 @@ class Fprop(Structure):
         ("short_stride", c_int32), ("short_prologue", Prologue), ("w_short", c_void_p), ("bias", c_void_p),
         ("residual", c_void_p), ("y", c_void_p), ("y_act", c_void_p), ("act_out", c_int32), ("slope_out", c_float),
         ("out_scale", c_void_p), ("out_shift", c_void_p), ("counts", c_void_p), ("moments", c_void_p),
-        ("splits", c_int32), ("partials", c_void_p), ("counters", c_void_p),
+        ("splits", c_int32), ("partials", c_void_p), ("counters", c_void_p), ("early", c_bool),
     ]  # fmt: skip
 
 
@@ -46,7 +46,7 @@ class Dgrad(Structure):
     _fields_ = [
         ("shape", ConvShape), ("dtype", c_int32), ("tile", c_int32), ("dy", c_void_p), ("w", c_void_p),
         ("x", c_void_p), ("prologue", Prologue), ("mean", c_void_p), ("rstd", c_void_p), ("g", c_void_p),
-        ("sums", c_void_p), ("splits", c_int32), ("partials", c_void_p), ("counters", c_void_p),
+        ("sums", c_void_p), ("splits", c_int32), ("partials", c_void_p), ("counters", c_void_p), ("early", c_bool),
     ]  # fmt: skip
 
 

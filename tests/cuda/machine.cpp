@@ -69,7 +69,7 @@ std::string Machine::run_block() {
   runnable_.clear();
   for (int i = 0; i < threads_; ++i) {
     Fiber& f = *fibers_[i];
-    f.started = f.finished = f.ordered = false;
+    f.started = f.finished = f.ordered = f.prior_ended = false;
     f.clock = Clock();
     f.clock.seen[i] = 1;
     f.products = f.groups = f.stores = f.store_groups = 0;

@@ -54,7 +54,8 @@ struct Fiber {
   std::string waits_for;
   Clock clock;
   long products = 0, groups = 0, stores = 0, store_groups = 0;
-  bool ordered = false;  // wgmma.fence since the last commit
+  bool ordered = false;      // wgmma.fence since the last commit
+  bool prior_ended = false;  // griddepcontrol.wait was called
 };
 
 struct Barrier {
@@ -118,6 +119,11 @@ class Machine {
   void meet(int key, int threads, bool memory, const std::function<void(Meeting&)>& last = {});
   Meeting& meeting(int key) { return meetings_[key]; }
   void fence_async();
+  void wait_for_prior_grid() { fiber().prior_ended = true; }
+  // Everything but the filters may come from the grid before, or still be read by it.
+  void needs_prior_grid() {
+    if (!fiber().prior_ended) fail("global memory is touched before griddepcontrol.wait");
+  }
   void load_box(uint32_t to, const MapSpec& map, uint32_t barrier, std::array<int, 5> at);
   void load_bytes(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier);
   void store_box(const MapSpec& map, uint32_t from, std::array<int, 5> at);

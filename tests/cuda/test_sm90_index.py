@@ -1,4 +1,4 @@
-"""The index header of the Hopper kernels against brute force, in C++: index_check.cpp."""
+"""The index header of the Hopper kernels against brute force, in C++: index_check.cpp and index_check_plan.cpp."""
 
 import shutil
 import subprocess
@@ -10,8 +10,8 @@ from cuda import host_run
 def run(folder, csrc):
     program = folder / "index_check"
     include = [f"-I{csrc}", f"-I{host_run.cuda_headers()}"]
-    source = host_run.HERE / "index_check.cpp"
-    command = [host_run.compiler(), "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", *include, str(source)]
+    sources = [str(host_run.HERE / name) for name in ("index_check.cpp", "index_check_plan.cpp")]
+    command = [host_run.compiler(), "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", *include, *sources]
     built = subprocess.run([*command, "-o", str(program)], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr[-4000:]
     return subprocess.run([str(program)], capture_output=True, text=True)

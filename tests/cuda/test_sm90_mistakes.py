@@ -69,6 +69,9 @@ MISTAKES = {
     "the counter of a split reduction is left": (
         "sm90_conv.cuh", "if (last) *counter = 0;", "", "not 0 again",
     ),
+    "the residual is asked for while the grid before still writes it": (
+        "sm90_conv.cuh", "    hw::wait_for_prior_grid();\n    consume", "    consume", "before griddepcontrol.wait",
+    ),
     "a split reduction adds one piece twice": (
         "sm90_conv.cuh", "consumer, s, i, t));", "consumer, most(s, 1), i, t));", "values differ",
     ),
