@@ -21,8 +21,9 @@ from torch import Tensor
 
 from wrn_fast import tuned
 from wrn_fast._build import missing_extension_reason
-from wrn_fast.kernels import cuda_check, cuda_launch
-from wrn_fast.kernels.cuda_launch import CODES, STEP, Tile
+from wrn_fast.kernels import cuda_check, cuda_launch, cuda_passes
+from wrn_fast.kernels.cuda_launch import STEP, Tile
+from wrn_fast.kernels.cuda_passes import CODES
 from wrn_fast.problem import ConvProblem
 
 NAME = "cuda"
@@ -153,13 +154,17 @@ def _runner(op: str, tile: Tile) -> cuda_check.Run:
 
 @functools.lru_cache(maxsize=1024)
 def config(op: str, problem: ConvProblem, index: int | None) -> Tile:
-    """The tile for `problem` on GPU `index` (None: none): the tuned row, else fetch a filter column at once if it can.
+    """The tile for `problem` on GPU `index` (None: none): the tuned row, else by size.
+
+    A call that is too small to fill the GPU has its reduction split, which kind 0 can; else a filter column is fetched
+    at once where the kernel can.
 
     Raises:
         RuntimeError: the extension is not there.
     """
     row = None if index is None else _row(op, problem, index)
-    tiles = [*([Tile(_ROWS[row["rows"]], row["apply"])] if row else []), Tile(1), Tile(0)]
+    small = op != "wgrad" and cuda_launch.splits_of(extension(), problem, op == "dgrad", index) > 1
+    tiles = [*([Tile(_ROWS[row["rows"]], row["apply"])] if row else []), *([] if small else [Tile(1)]), Tile(0)]
     return next(tile for tile in tiles if legal(op, problem, tile))
 
 
@@ -269,7 +274,7 @@ def act_mask(
     problem: ConvProblem, x: Tensor, stats: Tensor | None, gamma: Tensor | None, beta: Tensor | None
 ) -> Tensor:
     """uint8 [N,H,W,ceil(C/8)]: one bit an element, set where act'(bn(x)) is 1."""
-    return cuda_launch.act_mask(extension(), problem, x, stats, gamma, beta)
+    return cuda_passes.act_mask(extension(), problem, x, stats, gamma, beta)
 
 
 def input_grad(
@@ -283,14 +288,14 @@ def bn_bwd_apply(
     problem: ConvProblem, g: Tensor, x: Tensor, stats: Tensor, gamma: Tensor | None, sums_g: Tensor | None
 ) -> Tensor:
     """dx [N,C,H,W] from the gradient before the activation: BatchNorm's own backward, in one pass."""
-    return cuda_launch.bn_bwd_apply(extension(), problem, g, x, stats, gamma, sums_g)
+    return cuda_passes.bn_bwd_apply(extension(), problem, g, x, stats, gamma, sums_g)
 
 
 def channel_stats(problem: ConvProblem, x: Tensor) -> Tensor:
     """[2, C]: mean and biased variance of x, read once."""
-    return cuda_launch.channel_stats(extension(), problem, x)
+    return cuda_passes.channel_stats(extension(), problem, x)
 
 
 def dropout(problem: ConvProblem, x: Tensor, rng: Tensor) -> Tensor:
     """x * mask / (1 - p)."""
-    return cuda_launch.dropout(extension(), problem, x, rng)
+    return cuda_passes.dropout(extension(), problem, x, rng)
