@@ -1,6 +1,6 @@
-"""Everything that needs a GPU, in four stages of under nine minutes: parity, sanitize, tune, bench.
+"""Everything that needs a GPU, in five stages of under nine minutes: parity, sanitize, tune, bench, hopper.
 
-    python -m benchmarks.gpu_battery --stage parity        one stage; --stage all for the four in turn
+    python -m benchmarks.gpu_battery --stage parity        one stage; --stage all for the five in turn
     python -m benchmarks.gpu_battery --stage all --dry-run small, on the CPU, to prove the script itself
 
 A stage is a list of steps. Each step's result is written as soon as it is there, so a run that was cut short goes on
@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-STAGES = ("parity", "sanitize", "tune", "bench")
+STAGES = ("parity", "sanitize", "tune", "bench", "hopper")
 STAGE_S = 9 * 60
 FORMAT = 1
 # Of the head: a report of other code, GPU or versions is not gone on with.
@@ -46,9 +46,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def steps_of(stage: str, dry: bool) -> dict[str, Callable[[float], dict[str, Any]]]:
     """The steps of a stage by name: each gets the seconds that it may take and gives its result."""
-    from benchmarks.battery import bench, parity, sanitize, tuning
+    from benchmarks.battery import bench, hopper, parity, sanitize, tuning
 
-    return {"parity": parity, "sanitize": sanitize, "tune": tuning, "bench": bench}[stage].steps(dry)
+    modules = {"parity": parity, "sanitize": sanitize, "tune": tuning, "bench": bench, "hopper": hopper}
+    return modules[stage].steps(dry)
 
 
 def head(dry: bool) -> dict[str, str]:

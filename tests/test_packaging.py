@@ -146,6 +146,38 @@ def test_cuda_by_name_needs_nvcc_or_sources(tree):
     assert result.returncode == 1 and "wrn_fast._cuda was asked for" in result.stdout
 
 
+def with_cuda_sources(tree):
+    """A checkout with one Hopper kernel."""
+    (tree / "csrc" / "cuda").mkdir()
+    (tree / "csrc" / "cuda" / "sm90_nothing.cu").write_text("")
+    (tree / "csrc" / "cuda" / "module.cpp").write_text("")
+    return tree
+
+
+def installed_torch(folder, cuda):
+    """A folder for PYTHONPATH in which a torch of this build is found; it cannot be imported."""
+    (folder / "torch").mkdir(parents=True)
+    (folder / "torch" / "__init__.py").write_text("raise ImportError('torch is not for building')")
+    (folder / "torch" / "version.py").write_text(f"__version__ = '9.9'\ncuda: str | None = {cuda!r}\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "wish, cuda, said",
+    [("auto", None, "torch 9.9 is a build without CUDA"), ("auto", "13.0", "has no bin/nvcc"),
+     ("cuda", None, "has no bin/nvcc")],
+)  # fmt: skip
+def test_cuda_is_built_for_a_torch_with_cuda_or_by_name(tree, tmp_path, wish, cuda, said):
+    torch = installed_torch(tmp_path / "site", cuda)
+    result = build_in_place(
+        with_cuda_sources(tree), WRN_FAST_BUILD=wish, CUDA_HOME="/none", CXX="/none/g++", PYTHONPATH=torch
+    )
+    assert result.returncode == (wish == "cuda") and said in result.stdout, result.stdout
+    if wish == "auto":
+        (line,) = [line for line in reason(tree / "wrn_fast").splitlines() if line.startswith("_cuda: ")]
+        assert said in line
+
+
 def test_none_builds_nothing_and_says_so(tree):
     result = build_in_place(tree, WRN_FAST_BUILD="none")
     assert result.returncode == 0, result.stdout

@@ -1,8 +1,9 @@
 """`wrn-fast tune`: measures tiles on this GPU and keeps the fastest of each class of problems in the user's own table.
 
 From the rule's tile one knob after another is varied and the best kept, so a class costs some twenty compiles. A tile
-is measured only after it gave exact integers. Each finished class is written at once: a run that was cut short goes on
-where it stopped, and a table that was damaged is started anew.
+is measured only after it gave exact integers. Where the kernels of `_cuda` are faster, a row of theirs joins the table.
+Each finished class is written at once: a run that was cut short goes on where it stopped, and a table that was damaged
+is started anew.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from wrn_fast import __version__, cache, tuned
-from wrn_fast.backends import triton
+from wrn_fast.backends import cuda, triton
 from wrn_fast.errors import WrnFastError
 from wrn_fast.kernels import configs
 from wrn_fast.kernels.configs import TileConfig
@@ -233,8 +234,12 @@ def run(
                 counts["measured" if ranking else "failed"] += 1
                 if ranking:
                     table.add(key, ranking)
+                rival = _measure_cuda(op, problem, index, clock)
+                if rival and (not ranking or rival[0][0] < ranking[0][0]):
+                    table.add(tuned.key(cuda.NAME, op, problem), rival)
             progress.advance(bar)
     triton.forget()
+    cuda.forget()
     return {"head": about, "path": str(table.path), "rows": table.rows, **counts}
 
 
@@ -248,3 +253,19 @@ def _measure(op: str, problem: ConvProblem, index: int | None, clock: Clock) -> 
         return clock(lambda: triton.launch(op, problem, config, *arguments))
 
     return search(op, problem, triton.arch(index), seconds)
+
+
+def _measure_cuda(op: str, problem: ConvProblem, index: int | None, clock: Clock) -> list[tuple[float, TileConfig]]:
+    """The kernels of `_cuda` on the same arguments, fastest first; none where they cannot serve."""
+    if index is None or cuda.refused(op, problem):
+        return []
+    device = torch.device("cuda", index)
+    arguments = tensors(op, problem, device)
+    columns = problem.C if op == "dgrad" else problem.K
+    measured = []
+    for tile in cuda.tiles(op, problem):
+        if cuda.refused_tile(op, problem, tile, device) is None:
+            seconds = clock(lambda tile=tile: cuda.launch(op, problem, tile, *arguments))  # type: ignore[misc]
+            row = TileConfig(cuda.rows(tile), 64, (columns, 0), 12, 2, apply=tile.apply)
+            measured.append((seconds, row))
+    return sorted(measured, key=lambda pair: pair[0])

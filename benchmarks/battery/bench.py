@@ -29,16 +29,25 @@ def steps(dry: bool) -> dict[str, Callable[[float], Result]]:
     if dry:
         tiny = Case(Network(10, 1), "inference", 2, "fp32")
         return {tiny.name: partial(measure, tiny, "cpu", ("eager-channels-last",))}
-    return {case.name: partial(measure, case, "cuda", RIVALS) for case in CASES}
+    found = {case.name: partial(measure, case, "cuda", RIVALS) for case in CASES}
+    wide = [case for case in CASES if case.network.width == 10 and case.dtype == "bf16"]
+    return found | {f"{case.name}, cuda backend": partial(hand_written, case) for case in wide}
 
 
-def measure(case: Case, device: str, rivals: tuple[str, ...], seconds: float) -> Result:
+def hand_written(case: Case, seconds: float) -> Result:
+    """The case with the cuda backend first."""
+    return measure(case, "cuda", RIVALS, seconds, "cuda,triton,aten")
+
+
+def measure(
+    case: Case, device: str, rivals: tuple[str, ...], seconds: float, backends: str = "triton,aten"
+) -> Result:  # fmt: skip
     """One case, every variant within its bound or refused."""
     if device == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     peers = [peer for peer in PEERS if peer.name in (FAST, *rivals)]
     rate, budget = timing.matmul_rate(DTYPES[case.dtype], device), min(20.0, seconds / 4)
-    with wrn_fast.backend("aten" if device == "cpu" else "triton,aten"):
+    with wrn_fast.backend("aten" if device == "cpu" else backends):
         row = run_case(case, peers, device, rate, budget_s=budget)
     ours = next((v for v in row["variants"] if v["name"] == FAST), None)
     if ours is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from functools import partial
 
@@ -9,8 +10,8 @@ import torch
 
 import wrn_fast
 from benchmarks.battery import FAILED, NOT_RUN, OK, Result, python, result
-from wrn_fast import parity, tune
-from wrn_fast.backends import triton
+from wrn_fast import dispatch, parity, tune
+from wrn_fast.backends import cuda, triton
 from wrn_fast.verify import verify
 
 PRIMITIVES = ("tests/backends/test_primitives.py", "tests/backends/test_masks.py")
@@ -28,7 +29,7 @@ def steps(dry: bool) -> dict[str, Callable[[float], Result]]:
             "integers of boxes": partial(special, "cpu"),
             "model WRN-10-1": partial(model, (10, 1), (torch.float64,), "cpu"),
         }
-    found: dict[str, Callable[[float], Result]] = {}
+    found: dict[str, Callable[[float], Result]] = {"extensions": build}
     for dtype in tune.DTYPES:
         for depth, width, batch in NETWORKS:
             found[f"integers WRN-{depth}-{width} batch {batch} {dtype}"] = partial(
@@ -42,7 +43,48 @@ def steps(dry: bool) -> dict[str, Callable[[float], Result]]:
         for name in (torch.float32, torch.bfloat16, torch.float16):
             label = str(name).removeprefix("torch.")
             found[f"model WRN-{network[0]}-{network[1]} {label}"] = partial(model, network, (name,), "cuda")
-    return found
+    return found | hand_written()
+
+
+def build(seconds: float) -> Result:
+    """Compiles `_cpu` and `_cuda` for this Python and GPU's toolkit; without nvcc the cuda backend is left out."""
+    done = python(["setup.py", "-q", "build_ext", "--inplace"], seconds)
+    importlib.invalidate_caches()
+    cuda._load.cache_clear()
+    dispatch.forget()
+    reason = cuda.missing()
+    return done if done["status"] == FAILED else result(NOT_RUN if reason else OK, reason or "_cuda is built")
+
+
+def hand_written() -> dict[str, Callable[[float], Result]]:
+    """The same of the cuda backend, which serves 16-bit convolutions and passes in every dtype."""
+    found: dict[str, Callable[[float], Result]] = {}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        found[f"cuda integers {name}"] = partial(kernels, name)
+        found[f"cuda primitives {name}"] = partial(primitives, f"cuda and {str(dtype).removeprefix('torch.')}")
+        for network in MODELS:
+            label = f"cuda model WRN-{network[0]}-{network[1]} {name}"
+            found[label] = partial(model, network, (dtype,), "cuda", backend="cuda")
+    return found | {"cuda primitives float32": partial(primitives, "cuda and float32")}
+
+
+def kernels(dtype: str, seconds: float) -> Result:
+    """The self-check of every kernel of `_cuda` that serves a layer of the networks."""
+    place = torch.device("cuda", torch.cuda.current_device())
+    wrong, seen = [], set()
+    for depth, width, batch in NETWORKS:
+        for op, problem in tune.tasks(depth, width, batch, dtype):
+            reason = cuda.refused(op, problem)
+            if reason:
+                return result(NOT_RUN, reason)
+            for tile in cuda.tiles(op, problem):
+                key = op, problem._replace(N=1), tile
+                sentence = None if key in seen else cuda.wrong(op, problem, tile, place)
+                seen.add(key)
+                wrong += [sentence] if sentence else []
+    if wrong:
+        return result(FAILED, f"{len(wrong)} of {len(seen)} kernels: {wrong[0]}", wrong=wrong)
+    return result(OK, f"{len(seen)} kernels exact")
 
 
 def integers(network: tuple[int, int, int], dtype: str, device: str, seconds: float) -> Result:
@@ -86,15 +128,18 @@ def eight_bits(network: tuple[int, int], device: str, seconds: float) -> Result:
 
 def primitives(expression: str, seconds: float) -> Result:
     """Every primitive against float64, through the operators: the tests of the repository on this device."""
-    words = ["-m", "pytest", *PRIMITIVES, "-k", expression, "-q", "--benchmark-disable", "-p", "no:cacheprovider"]
+    words = ["-m", "pytest", *PRIMITIVES, "-k", expression, "-q", "--benchmark-disable", "--all-cases", "-p",
+             "no:cacheprovider"]  # fmt: skip
     return python(words, seconds, TRITON_INTERPRET="")
 
 
-def model(network: tuple[int, int], dtypes: tuple[torch.dtype, ...], device: str, seconds: float) -> Result:
+def model(
+    network: tuple[int, int], dtypes: tuple[torch.dtype, ...], device: str, seconds: float, backend: str = "triton"
+) -> Result:
     """Outputs, features, gradients, statistics and optimizer steps of a whole model."""
     small = device == "cpu"
     fast = wrn_fast.classic(network[0], 10, network[1])
-    with wrn_fast.backend("aten" if small else "triton"):
+    with wrn_fast.backend("aten" if small else backend):
         report = verify(
             fast, seeds=1 if small else parity.SEEDS, dtypes=dtypes, steps=1 if small else 3, batch=2 if small else 8,
             device=device,

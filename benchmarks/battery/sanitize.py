@@ -19,13 +19,15 @@ def steps(dry: bool) -> dict[str, Callable[[float], Result]]:
     if dry:
         return {"no sanitizer, interpreted": lambda seconds: python([*SMALL, "cpu", "all"], seconds)}
     found: dict[str, Callable[[float], Result]] = {
-        "no sanitizer": lambda seconds: python([*SMALL, "cuda", "all"], seconds)
+        "no sanitizer": lambda seconds: python([*SMALL, "cuda", "all"], seconds),
+        "no sanitizer, cuda backend": lambda seconds: python([*SMALL, "cuda", "hand-written"], seconds),
     }
-    found |= {f"compute-sanitizer {tool}": partial(vendor, tool) for tool in TOOLS}
+    found |= {f"compute-sanitizer {tool}": partial(vendor, tool, "all") for tool in TOOLS}
+    found |= {f"compute-sanitizer {tool}, cuda backend": partial(vendor, tool, "hand-written") for tool in TOOLS}
     return found | {"ConSan": partial(instrumented, "consan", "all"), "FpSan": fpsan}
 
 
-def vendor(tool: str, seconds: float) -> Result:
+def vendor(tool: str, what: str, seconds: float) -> Result:
     """compute-sanitizer with one of its tools; any error is a failure."""
     beside = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "compute-sanitizer"
     program = shutil.which("compute-sanitizer") or (str(beside) if beside.is_file() else None)
@@ -33,7 +35,7 @@ def vendor(tool: str, seconds: float) -> Result:
         return result(NOT_RUN, "compute-sanitizer is neither on PATH nor under CUDA_HOME")
     before = [program, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
     # torch's caching allocator would hide a write past the end of a tensor.
-    return python([*SMALL, "cuda", "all"], seconds, before, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    return python([*SMALL, "cuda", what], seconds, before, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
 
 def instrumented(mode: str, what: str, seconds: float) -> Result:

@@ -1,18 +1,20 @@
 """A small run of every kernel, for a sanitizer to watch: `python -m benchmarks.battery.small [cuda|cpu] [what]`.
 
-`all` checks each operator on integers. `reorder` compares two tiles bit for bit, which holds only where a sanitizer has
-put integers in the place of floating-point numbers (Triton's FpSan).
+`all` checks each operator of the Triton kernels on integers, `hand-written` those of the cuda backend. `reorder`
+compares two tiles bit for bit, which holds only where a sanitizer has put integers in the place of floating-point
+numbers (Triton's FpSan).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
+from types import ModuleType
 
 import torch
 
 from wrn_fast import tune
-from wrn_fast.backends import triton
+from wrn_fast.backends import cuda, triton
 from wrn_fast.kernels import configs
 from wrn_fast.problem import ConvProblem
 
@@ -36,7 +38,7 @@ def integers(device: str) -> None:
         if sentence:
             sys.exit(sentence)
     for op in ("channel_stats", "bn_bwd_apply", "dropout", "act_mask"):
-        elementwise(op, place)
+        elementwise(triton, op, place)
     others = [sentence for sentence in special_tiles(place) if sentence]
     if others:
         sys.exit(others[0])
@@ -65,20 +67,38 @@ def masked(place: torch.device) -> None:
     triton.input_grad(problem, dy, w, triton.act_mask(problem, x, None, None, None), None, None)
 
 
-def elementwise(op: str, place: torch.device) -> None:
+def hand_written(device: str) -> None:
+    """Raises SystemExit where a kernel of `_cuda` is wrong; convolutions only where there is a Hopper GPU."""
+    place = torch.device(device, 0)
+    count = 0
+    for op, problem in problems(device):
+        wide = problem._replace(C=80, K=160, dtype=torch.bfloat16, w_dtype=torch.bfloat16)
+        if cuda.refused(op, wide):
+            continue
+        for tile in cuda.tiles(op, wide):
+            sentence = cuda.wrong(op, wide, tile, place)
+            if sentence:
+                sys.exit(sentence)
+            count += 1
+    for op in ("channel_stats", "bn_bwd_apply", "dropout"):
+        elementwise(cuda, op, place)
+    print(f"{count} convolutions of the cuda backend exact, its passes run")
+
+
+def elementwise(backend: ModuleType, op: str, place: torch.device) -> None:
     """One run of a kernel without a tile."""
     problem = ConvProblem(place.type, torch.float16, torch.float16, 3, 9, 7, 40, 40, 1, 1, p=0.3, drop_at="output")
     x = torch.randn(3, 40, 9, 7, device=place).half().contiguous(memory_format=torch.channels_last)
     if op == "channel_stats":
-        triton.channel_stats(problem, x)
+        backend.channel_stats(problem, x)
     elif op == "act_mask":
-        triton.act_mask(problem._replace(act="relu"), x, None, None, None)
+        backend.act_mask(problem._replace(act="relu"), x, None, None, None)
     elif op == "dropout":
-        triton.dropout(problem, x, torch.tensor([1, 2], device=place))
+        backend.dropout(problem, x, torch.tensor([1, 2], device=place))
     else:
         stats = torch.rand(2, 40, device=place) + 0.5
         batch = problem._replace(prologue=True, affine=True, batch_stats=True)
-        triton.bn_bwd_apply(batch, x, x, stats, stats[0], stats)
+        backend.bn_bwd_apply(batch, x, x, stats, stats[0], stats)
 
 
 def reorder(device: str) -> None:
@@ -97,4 +117,4 @@ def reorder(device: str) -> None:
 
 if __name__ == "__main__":
     device, what = (sys.argv[1:] + ["cuda", "all"])[:2] if len(sys.argv) < 3 else sys.argv[1:3]
-    {"all": integers, "reorder": reorder}[what](device)
+    {"all": integers, "hand-written": hand_written, "reorder": reorder}[what](device)

@@ -66,11 +66,25 @@ Sm90Prologue prologue(Pointer scale, Pointer shift, int act, double slope) {
   return p;
 }
 
+template <class Args>
+void split(Args& a, int splits, Pointer partials, Pointer counters, bool early) {
+  positive(splits, "splits");
+  if (splits > 1) {
+    require(a.tile == Sm90Tile::fetch9, "splits", "1 where the tile is not 0", splits);
+    aligned16(partials, "partials");
+    present(counters, "counters");
+  }
+  a.splits = splits;
+  a.partials = at<float>(partials);
+  a.counters = at<int>(counters);
+  a.early = early;
+}
+
 void fprop(const ConvShape& s, int dtype, int tile, Pointer x, Pointer scale, Pointer shift, int act, double slope,
            Pointer w, Pointer x_short, int64_t short_H, int64_t short_W, int64_t short_C, int short_stride,
            Pointer short_scale, Pointer short_shift, int short_act, Pointer w_short, Pointer bias, Pointer residual,
            Pointer y, Pointer y_act, int act_out, Pointer out_scale, Pointer out_shift, Pointer counts, Pointer moments,
-           Pointer stream) {
+           int splits, Pointer partials, Pointer counters, bool early, Pointer stream) {
   Sm90Fprop a;
   a.shape = s;
   a.dtype = checked_dtype(dtype);
@@ -114,11 +128,13 @@ void fprop(const ConvShape& s, int dtype, int tile, Pointer x, Pointer scale, Po
   a.out_shift = at<const float>(out_shift);
   a.counts = at<float>(counts);
   a.moments = at<float>(moments);
+  split(a, splits, partials, counters, early);
   check(sm90_fprop(a, at<CUstream_st>(stream)));
 }
 
 void dgrad(const ConvShape& s, int dtype, int tile, Pointer dy, Pointer w, Pointer x, Pointer scale, Pointer shift,
-           int act, double slope, Pointer mean, Pointer rstd, Pointer g, Pointer sums, Pointer stream) {
+           int act, double slope, Pointer mean, Pointer rstd, Pointer g, Pointer sums, int splits, Pointer partials,
+           Pointer counters, bool early, Pointer stream) {
   Sm90Dgrad a;
   a.shape = s;
   a.dtype = checked_dtype(dtype);
@@ -138,6 +154,7 @@ void dgrad(const ConvShape& s, int dtype, int tile, Pointer dy, Pointer w, Point
   a.rstd = at<const float>(rstd);
   a.g = at(g);
   a.sums = at<float>(sums);
+  split(a, splits, partials, counters, early);
   check(sm90_dgrad(a, at<CUstream_st>(stream)));
 }
 
@@ -197,6 +214,9 @@ void bind_sm90(py::module_& m) {
       },
       "A sentence, or None where the kernels serve the call.");
   m.def("parts", [](const ConvShape& s, bool dgrad, int tile) { return sm90_parts(s, dgrad, checked_tile(tile)); });
+  m.def("splits", &sm90_splits);
+  m.def("partial_bytes", &sm90_partial_bytes);
+  m.def("counters", &sm90_counters);
   m.def("wgrad_workspace", &sm90_wgrad_workspace);
   m.def(
       "packed_bytes",
@@ -222,10 +242,12 @@ void bind_sm90(py::module_& m) {
         py::arg("short_H"), py::arg("short_W"), py::arg("short_C"), py::arg("short_stride"), py::arg("short_scale"),
         py::arg("short_shift"), py::arg("short_act"), py::arg("w_short"), py::arg("bias"), py::arg("residual"),
         py::arg("y"), py::arg("y_act"), py::arg("act_out"), py::arg("out_scale"), py::arg("out_shift"),
-        py::arg("counts"), py::arg("moments"), py::arg("stream"));
+        py::arg("counts"), py::arg("moments"), py::arg("splits"), py::arg("partials"), py::arg("counters"),
+        py::arg("early"), py::arg("stream"));
   m.def("dgrad", &dgrad, release(), py::arg("shape"), py::kw_only(), py::arg("dtype"), py::arg("tile"), py::arg("dy"),
         py::arg("w"), py::arg("x"), py::arg("scale"), py::arg("shift"), py::arg("act"), py::arg("slope"),
-        py::arg("mean"), py::arg("rstd"), py::arg("g"), py::arg("sums"), py::arg("stream"));
+        py::arg("mean"), py::arg("rstd"), py::arg("g"), py::arg("sums"), py::arg("splits"), py::arg("partials"),
+        py::arg("counters"), py::arg("early"), py::arg("stream"));
   m.def("wgrad", &wgrad, release(), py::arg("shape"), py::kw_only(), py::arg("dtype"), py::arg("dy"), py::arg("x"),
         py::arg("workspace"), py::arg("dw"), py::arg("stream"));
 }

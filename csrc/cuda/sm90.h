@@ -56,6 +56,15 @@ struct Sm90Fprop {
   // sum of squared distances from it moments[i][1][k]. A part may be empty (count 0, both 0). Merge in the order of i.
   float* counts = nullptr;   // [parts]
   float* moments = nullptr;  // [parts][2][K]
+
+  // For small calls with fetch9: the reduction in `splits` pieces, see sm90_splits(). Scratch of sm90_partial_bytes();
+  // sm90_counters() numbers that are 0 before the call, and again after it.
+  int splits = 1;
+  float* partials = nullptr;
+  int* counters = nullptr;
+
+  // The kernel may start, and fetch filters, while the one before it on the stream ends: that one must not write them.
+  bool early = false;
 };
 
 // g = conv_transpose(dy, w) * act'(v), v = x * scale + shift; partial sums of g and g * (x - mean) * rstd, g as stored.
@@ -71,6 +80,15 @@ struct Sm90Dgrad {
   const float* rstd = nullptr;  // [C]; needed for sums
   void* g = nullptr;            // [N,H,W,C]
   float* sums = nullptr;        // [parts][2][C]; null: not wanted. Add in the order of the parts.
+
+  // For small calls with fetch9: the reduction in `splits` pieces, see sm90_splits(). Scratch of sm90_partial_bytes();
+  // sm90_counters() numbers that are 0 before the call, and again after it.
+  int splits = 1;
+  float* partials = nullptr;
+  int* counters = nullptr;
+
+  // The kernel may start, and fetch filters, while the one before it on the stream ends: that one must not write them.
+  bool early = false;
 };
 
 // dw [K,R,S,C] fp32 = the gradient of y = conv(a, w) by w, a = prologue(x) made by the caller. Reduction split in a
@@ -90,6 +108,11 @@ const char* sm90_refuses(const char* op, const ConvShape& shape, DType dtype, Sm
 
 // Rows of `counts`, `moments`, `sums` of a call: fprop, or dgrad with dgrad = true.
 int64_t sm90_parts(const ConvShape& shape, bool dgrad, Sm90Tile tile);
+
+// Pieces that fill `multiprocessors` once; 1: the call is large enough. short_C: of the shortcut, 0 without.
+int sm90_splits(const ConvShape& shape, int64_t short_C, bool dgrad, int multiprocessors);
+int64_t sm90_partial_bytes(const ConvShape& shape, bool dgrad, int splits);
+int64_t sm90_counters(const ConvShape& shape, bool dgrad);
 
 // Packed filters. A filter [K][R][S][C] (dgrad: the same with C and K exchanged, `transpose`; taps keep their r and s)
 // becomes, in this order, [K / block_k][ceil(C / 64)][S][R] blocks of block_k rows x 128 bytes: one row a k, 64

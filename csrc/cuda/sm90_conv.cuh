@@ -4,8 +4,8 @@
 //   y[pixel, k] = sum over source, chunk, s, r, c of a[pixel's tap (r, s), c] * w[k, r, s, c], then the epilogue
 //
 // Persistent: a block takes every gridDim.x-th job of the schedule, a tile of pixels x block_k channels. Warp 0 fetches
-// activations (TMA boxes: out of the image is zero) and packed filters (bulk copies) into two rings; warps 1 to 3 apply
-// the prologue in place; warpgroups 1 and 2 multiply, each its half of the pixels, and run the epilogue
+// activations (TMA boxes: out of the image is zero) and warp 1 packed filters (bulk copies) into two rings; warps 2 and
+// 3 apply the prologue in place; warpgroups 1 and 2 multiply, each its half of the pixels, and run the epilogue
 // (sm90_epilogue.cuh). A tile of `blocks` 64-row blocks a warpgroup reads each source row_taps times less often than an
 // implicit GEMM that fetches each tap: with row_taps 3 a box brings the pixels of one filter column with two rows of
 // halo, and the three filter rows are starts within it. All of them lie on the swizzle's period.
@@ -33,21 +33,30 @@ struct ConvTraits {
 struct Chunk {
   const Source* source;
   bool is_short;
-  int chunk, parity, halo, columns, fetches, taps;
+  int chunk, parity, halo, first_column, columns, fetches, taps;
 };
 
-// The chunks of a job, in the order in which all roles walk through the rings.
+// The chunks of a job, in the order in which all roles walk through the rings: those units of the reduction that are
+// its split's. One call of `visit`, not one a source: each role has its loop once.
 template <int row_taps, class Params, class Visit>
-SM90_FN void for_each_chunk(const Params& p, int parity, Visit&& visit) {
-  const int rows = p.source.rows[parity >> 1].count, columns = p.source.columns[parity & 1].count;
-  const int chunks = chunks_of(p.source.channels), chunks_short = chunks_of(p.source_short.channels);
-  for (int i = 0; i < chunks + chunks_short; ++i) {
-    if (i < chunks) {
-      visit(
-          Chunk{&p.source, false, i, parity, row_taps - 1, columns, row_taps > 1 ? 1 : rows, row_taps > 1 ? rows : 1});
-    } else {
-      visit(Chunk{&p.source_short, true, i - chunks, 0, 0, 1, 1, 1});
-    }
+SM90_FN void for_each_chunk(const Params& p, const Job& j, Visit&& visit) {
+  const int rows = p.source.rows[j.parity >> 1].count, columns = p.source.columns[j.parity & 1].count;
+  const int main = chunks_of(p.source.channels) * columns, units = main + chunks_of(p.source_short.channels);
+  const int end = split_begin(units, p.schedule.splits, j.split + 1);
+  for (int u = split_begin(units, p.schedule.splits, j.split); u < end;) {
+    const bool is_short = u >= main;
+    const int chunk = is_short ? u - main : u / columns, first = is_short ? 0 : u - chunk * columns;
+    const Chunk k{is_short ? &p.source_short : &p.source,
+                  is_short,
+                  chunk,
+                  is_short ? 0 : j.parity,
+                  is_short ? 0 : row_taps - 1,
+                  first,
+                  is_short ? 1 : least(columns - first, end - u),
+                  is_short || row_taps > 1 ? 1 : rows,
+                  is_short || row_taps == 1 ? 1 : rows};
+    visit(k);
+    u += k.columns;
   }
 }
 
@@ -60,19 +69,16 @@ SM90_FN Pixel fetch_origin(const Chunk& k, int column, int row, Pixel origin) {
 }
 
 template <class T, class Params>
-SM90_FN void produce(const Params& p, uint32_t base) {
+SM90_FN void fetch_activations(const Params& p, uint32_t base) {
   using M = typename T::Memory;
-  Ring a, b;
+  Ring a;
   const int jobs = jobs_of(p.schedule);
   for (int job = hw::block(); job < jobs; job += hw::blocks()) {
     const Job j = job_of(p.schedule, job);
-    for_each_chunk<T::row_taps>(p, j.parity, [&](const Chunk& k) {
-      const Source& s = *k.source;
+    for_each_chunk<T::row_taps>(p, j, [&](const Chunk& k) {
       const hw::Map* const map = k.is_short ? &p.a_short : &p.a;
-      const char* const filters = static_cast<const char*>(k.is_short ? p.w_short : p.w);
-      const int R = k.is_short ? 1 : p.R, S = k.is_short ? 1 : p.S,
-                bytes = fetched_rows(p.schedule.tile, k.halo) * kRowBytes;
-      for (int column = 0; column < k.columns; ++column) {
+      const int bytes = fetched_rows(p.schedule.tile, k.halo) * kRowBytes;
+      for (int column = k.first_column; column < k.first_column + k.columns; ++column) {
         for (int row = 0; row < k.fetches; ++row) {
           const Pixel at = fetch_origin(k, column, row, j.origin);
           hw::barrier_wait(base + M::barrier(M::kAEmpty + a.index), a.phase ^ 1);
@@ -80,16 +86,32 @@ SM90_FN void produce(const Params& p, uint32_t base) {
           hw::barrier_expect(fetched, bytes);
           hw::load_box4(base + M::a(a.index), map, fetched, k.chunk * kChunk, at.q, at.p, at.n);
           a = next(a, M::kAStages);
-          for (int i = 0; i < k.taps; ++i) {
-            const int64_t block =
-                packed_block(chunks_of(s.channels), R, S, j.k_block, k.chunk, tap_of(s.columns[k.parity & 1], column),
-                             tap_of(s.rows[k.parity >> 1], row + i));
-            hw::barrier_wait(base + M::barrier(M::kBEmpty + b.index), b.phase ^ 1);
-            const uint32_t filled = base + M::barrier(M::kBFull + b.index);
-            hw::barrier_expect(filled, M::kBBytes);
-            hw::load_bytes(base + M::b(b.index), filters + block * M::kBBytes, M::kBBytes, filled);
-            b = next(b, M::kBStages);
-          }
+        }
+      }
+    });
+  }
+}
+
+template <class T, class Params>
+SM90_FN void fetch_filters(const Params& p, uint32_t base) {
+  using M = typename T::Memory;
+  Ring b;
+  const int jobs = jobs_of(p.schedule);
+  for (int job = hw::block(); job < jobs; job += hw::blocks()) {
+    const Job j = job_of(p.schedule, job);
+    for_each_chunk<T::row_taps>(p, j, [&](const Chunk& k) {
+      const Source& s = *k.source;
+      const char* const filters = static_cast<const char*>(k.is_short ? p.w_short : p.w);
+      const int R = k.is_short ? 1 : p.R, S = k.is_short ? 1 : p.S;
+      for (int column = k.first_column; column < k.first_column + k.columns; ++column) {
+        for (int i = 0; i < k.fetches * k.taps; ++i) {
+          const int64_t block = packed_block(chunks_of(s.channels), R, S, j.k_block, k.chunk,
+                                             tap_of(s.columns[k.parity & 1], column), tap_of(s.rows[k.parity >> 1], i));
+          hw::barrier_wait(base + M::barrier(M::kBEmpty + b.index), b.phase ^ 1);
+          const uint32_t filled = base + M::barrier(M::kBFull + b.index);
+          hw::barrier_expect(filled, M::kBBytes);
+          hw::load_bytes(base + M::b(b.index), filters + block * M::kBBytes, M::kBBytes, filled);
+          b = next(b, M::kBStages);
         }
       }
     });
@@ -123,7 +145,7 @@ SM90_FN void transform(const Params& p, uint32_t base) {
   const int jobs = jobs_of(p.schedule);
   for (int job = hw::block(); job < jobs; job += hw::blocks()) {
     const Job j = job_of(p.schedule, job);
-    for_each_chunk<T::row_taps>(p, j.parity, [&](const Chunk& k) {
+    for_each_chunk<T::row_taps>(p, j, [&](const Chunk& k) {
       const Source& s = *k.source;
       const int channel = k.chunk * kChunk + group * 8;
       const bool mine = s.scale && channel < s.channels;
@@ -134,7 +156,7 @@ SM90_FN void transform(const Params& p, uint32_t base) {
         shift[i] = mine ? hw::from_global(s.shift + channel + i) : 0.f;
       }
       const int rows = mine ? fetched_rows(tile, k.halo) : 0;
-      for (int column = 0; column < k.columns; ++column) {
+      for (int column = k.first_column; column < k.first_column + k.columns; ++column) {
         for (int row = 0; row < k.fetches; ++row) {
           const Pixel at = fetch_origin(k, column, row, j.origin);
           hw::barrier_wait(base + M::barrier(M::kARaw + a.index), a.phase);
@@ -183,8 +205,10 @@ SM90_FN void multiply_chunk(const Params& p, uint32_t base, int consumer, const 
     if (elected && b_done >= 0) hw::barrier_arrive(base + M::barrier(M::kBEmpty + b_done));
     if (elected && a_done >= 0) hw::barrier_arrive(base + M::barrier(M::kAEmpty + a_done));
   };
+#pragma unroll 1
   for (int fetch = 0; fetch < k.columns * k.fetches; ++fetch) {
     hw::barrier_wait(base + M::barrier(M::kAFull + a.index), a.phase);
+#pragma unroll 1
     for (int i = 0; i < k.taps; ++i) {
       hw::barrier_wait(base + M::barrier(M::kBFull + b.index), b.phase);
       uint64_t start[T::blocks];
@@ -209,6 +233,41 @@ SM90_FN void multiply_chunk(const Params& p, uint32_t base, int consumer, const 
   release();
 }
 
+// A split leaves its sums in global memory; the last of a job's to arrive adds all of them, in the order of the splits,
+// and goes on to the epilogue. The counter is 0 again afterwards. The staging carries the answer to all threads.
+template <class T, class Params>
+SM90_FN bool last_to_add(const Params& p, uint32_t base, int job, int consumer, float (&acc)[T::block_k / 2]) {
+  const int t = hw::thread() % kWarpgroup, splits = p.schedule.splits, block = job / splits;
+  const uint32_t answer = base + T::Memory::staging(consumer);
+#pragma unroll
+  for (int i = 0; i < T::block_k / 2; ++i) {
+    p.partials[partial_offset(T::block_k, splits, block, consumer, job - block * splits, i, t)] = acc[i];
+  }
+  hw::fence_global();
+  free_staging(consumer);
+  if (t == 0) {
+    int* const counter = p.counters + block * kConsumers + consumer;
+    const bool last = hw::count_up(counter) == splits - 1;
+    if (last) *counter = 0;
+    hw::store_float(answer, last ? 1.f : 0.f);
+    hw::fence_async();
+  }
+  sync_consumer(consumer);
+  const bool last = hw::load_float(answer) != 0.f;
+  sync_consumer(consumer);
+  if (!last) return false;
+  hw::fence_global();
+#pragma unroll
+  for (int i = 0; i < T::block_k / 2; ++i) acc[i] = 0.f;
+  for (int s = 0; s < splits; ++s) {
+#pragma unroll
+    for (int i = 0; i < T::block_k / 2; ++i) {
+      acc[i] += hw::from_other_block(p.partials + partial_offset(T::block_k, splits, block, consumer, s, i, t));
+    }
+  }
+  return true;
+}
+
 template <class T, class Params>
 SM90_FN void consume(const Params& p, uint32_t base, int consumer) {
   const bool elected = hw::thread() % kWarpgroup == 0;
@@ -217,16 +276,18 @@ SM90_FN void consume(const Params& p, uint32_t base, int consumer) {
   const int jobs = jobs_of(p.schedule);
   for (int job = hw::block(); job < jobs; job += hw::blocks()) {
     const Job j = job_of(p.schedule, job);
-    if (p.has_side && elected) request_side<T>(p, base, j, consumer, consumer * T::blocks);
+    const bool whole = p.schedule.splits == 1;
+    if (p.has_side && elected && whole) request_side<T>(p, base, j, consumer, consumer * T::blocks);
     float acc[T::blocks][T::block_k / 2];
 #pragma unroll
     for (int i = 0; i < T::block_k / 2; ++i) {
-      const float first =
-          p.bias ? hw::from_global(p.bias + j.k_block * T::block_k + acc_column(hw::thread() % 32, i)) : 0.f;
+      const float first = p.bias && j.split == 0
+                              ? hw::from_global(p.bias + j.k_block * T::block_k + acc_column(hw::thread() % 32, i))
+                              : 0.f;
 #pragma unroll
       for (int m = 0; m < T::blocks; ++m) acc[m][i] = first;
     }
-    for_each_chunk<T::row_taps>(p, j.parity, [&](const Chunk& k) {
+    for_each_chunk<T::row_taps>(p, j, [&](const Chunk& k) {
       // An instance for each length of a batch: ptxas serialises a conditional product.
       const int steps = k16_steps(k.source->channels, k.chunk);
       if (steps == 4) {
@@ -239,6 +300,12 @@ SM90_FN void consume(const Params& p, uint32_t base, int consumer) {
         multiply_chunk<T, 1>(p, base, consumer, k, acc, a, b);
       }
     });
+    if constexpr (T::blocks == 1) {
+      if (!whole) {
+        if (!last_to_add<T>(p, base, hw::fresh(job), consumer, acc[0])) continue;
+        if (p.has_side && elected) request_side<T>(p, base, j, consumer, consumer);
+      }
+    }
     // The job is taken apart again rather than kept: registers are what the main loop is short of.
     finish<T>(p, base, job_of(p.schedule, hw::fresh(job)), consumer, acc, side);
   }
@@ -265,15 +332,25 @@ SM90_FN void conv_body(const Params& p) {
     hw::prefetch_map(&p.a);
   }
   hw::sync_block();
+  hw::let_next_grid_start();
+  // Only the filters may be read before the grid before this one has ended: an early launch promises that it did not
+  // write them.
   if (warp < kWarpgroup / 32) {
     hw::registers_down<T::kProducerRegisters>();
     if (warp == 0) {
-      if (hw::thread() == 0) produce<T>(p, base);
+      if (hw::thread() == 0) {
+        hw::wait_for_prior_grid();
+        fetch_activations<T>(p, base);
+      }
+    } else if (warp == 1) {
+      if (hw::thread() == 32) fetch_filters<T>(p, base);
     } else if (p.prologue) {
+      hw::wait_for_prior_grid();
       transform<T>(p, base);
     }
   } else {
     hw::registers_up<T::kConsumerRegisters>();
+    hw::wait_for_prior_grid();
     consume<T>(p, base, warp / (kWarpgroup / 32) - 1);
   }
 }

@@ -97,6 +97,14 @@ SM90_FN void registers_down() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
 }
 
+// Programmatic dependent launch; both do nothing in a launch without it.
+SM90_FN void wait_for_prior_grid() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+SM90_FN void let_next_grid_start() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
 // Bulk copies.
 SM90_FN void prefetch_map(const Map* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
@@ -233,6 +241,16 @@ SM90_FN float exponential(float v) {
 }
 SM90_FN float fused(float a, float b, float c) {
   return fmaf(a, b, c);
+}
+// Between blocks: what was written before the fence and the count is there for whoever counts later.
+SM90_FN void fence_global() {
+  __threadfence();
+}
+SM90_FN int count_up(int* counter) {
+  return atomicAdd(counter, 1);
+}
+SM90_FN float from_other_block(const float* p) {
+  return __ldcg(p);
 }
 SM90_FN float from_global(const float* p) {
   return __ldg(p);

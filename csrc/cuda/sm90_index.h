@@ -17,13 +17,13 @@
 namespace wrn_fast {
 namespace sm90 {
 
-constexpr int kChunk = 64;                     // channels: 128 bytes, the widest swizzle
-constexpr int kRowBytes = 128;                 // of one pixel or one filter in a chunk
-constexpr int kWarpgroup = 128;                // threads
-constexpr int kConsumers = 2;                  // warpgroups
-constexpr int kThreads = 3 * kWarpgroup;       // producer warpgroup first
-constexpr int kTransformers = 96;              // threads of the producer warpgroup that apply the prologue
-constexpr int kSharedMax = 232448;             // bytes a block may have
+constexpr int kChunk = 64;                // channels: 128 bytes, the widest swizzle
+constexpr int kRowBytes = 128;            // of one pixel or one filter in a chunk
+constexpr int kWarpgroup = 128;           // threads
+constexpr int kConsumers = 2;             // warpgroups
+constexpr int kThreads = 3 * kWarpgroup;  // producer warpgroup first
+constexpr int kTransformers = 64;   // threads of the producer warpgroup that apply the prologue: its last two warps
+constexpr int kSharedMax = 232448;  // bytes a block may have
 constexpr int kRegistersMax = 168 * kThreads;  // what the launch gives, to be shared out by setmaxnreg
 
 // Swizzles: XOR of address bits 4.. with bits 7.., the same in TMA and wgmma. The values are wgmma's codes.
@@ -107,33 +107,36 @@ SM90_HD int clipped(int start, int length, int64_t size) {
 }
 
 // What a launch covers: N x P x Q output pixels (of the widest class) cut into tiles, and all blocks of K of one pixel
-// tile side by side, so that they share its activations in L2. Classes are the parities of a strided dgrad, the one
-// with most taps first.
+// tile side by side, so that they share its activations in L2, and next to each other the splits of one sum. Classes
+// are the parities of a strided dgrad, the one with most taps first.
 struct Extent {
   int Q = 0, P = 0, N = 0;
 };
 struct Schedule {
   PixelTile tile;
-  int k_blocks = 1, q_tiles = 1, p_tiles = 1, n_tiles = 1, classes = 1;
+  int k_blocks = 1, q_tiles = 1, p_tiles = 1, n_tiles = 1, classes = 1, splits = 1;
 };
 struct Job {
   int k_block = 0, parity = 0;  // parity: bit 1 of rows, bit 0 of columns
   Pixel origin;
   int pixel_tile = 0;  // over all classes, in the order of the schedule
+  int split = 0;
 };
 SM90_HD int pixel_tiles(const Schedule& s) {
   return s.q_tiles * s.p_tiles * s.n_tiles * s.classes;
 }
 SM90_HD int jobs_of(const Schedule& s) {
-  return s.k_blocks * pixel_tiles(s);
+  return s.splits * s.k_blocks * pixel_tiles(s);
 }
 SM90_HD Job job_of(const Schedule& s, int job) {
-  const int t = job / s.k_blocks, per_class = s.q_tiles * s.p_tiles * s.n_tiles, i = t % per_class;
-  return {job % s.k_blocks,
+  const int block = job / s.splits, t = block / s.k_blocks, per_class = s.q_tiles * s.p_tiles * s.n_tiles,
+            i = t % per_class;
+  return {block % s.k_blocks,
           s.classes - 1 - t / per_class,
           {i % s.q_tiles << s.tile.q_log, i / s.q_tiles % s.p_tiles << s.tile.p_log,
            i / (s.q_tiles * s.p_tiles) * s.tile.n},
-          t};
+          t,
+          job % s.splits};
 }
 SM90_HD Schedule schedule_of(PixelTile t, Extent e, int k_blocks, int classes) {
   return {t,
@@ -141,7 +144,8 @@ SM90_HD Schedule schedule_of(PixelTile t, Extent e, int k_blocks, int classes) {
           static_cast<int>(ceil_div(e.Q, width_of(t))),
           static_cast<int>(ceil_div(e.P, height_of(t))),
           static_cast<int>(ceil_div(e.N, t.n)),
-          classes};
+          classes,
+          1};
 }
 // The cut of 2^rows_log pixels with least tiles; among equals the widest, then the highest. Rows of 16 pixels at most:
 // the 16 rows of a warp then start in the image if any of them lies there.
@@ -209,6 +213,20 @@ SM90_HD int chunks_of(int64_t channels) {
 }
 SM90_HD int k16_steps(int64_t channels, int chunk) {
   return least(kChunk, static_cast<int>(channels) - chunk * kChunk) / 16;
+}
+
+// A split reduction: unit u of `units` (a chunk at one filter column; a chunk of the shortcut) belongs to one split.
+SM90_HD int split_begin(int units, int splits, int split) {
+  return units * split / splits;
+}
+// As many splits as fill the multiprocessors once.
+SM90_HD int conv_splits(int units, int jobs, int multiprocessors) {
+  return most(1, least(units, multiprocessors / jobs));
+}
+// Where thread t of a consumer leaves accumulator i of a split.
+SM90_HD int64_t partial_offset(int block_k, int splits, int block, int consumer, int split, int i, int t) {
+  return (((static_cast<int64_t>(block) * kConsumers + consumer) * splits + split) * (block_k / 2) + i) * kWarpgroup +
+         t;
 }
 
 // Filters, packed: blocks [k_block][chunk][s][r] of block_k rows x 128 bytes, swizzled.

@@ -7,6 +7,7 @@
 
 #include "sm90.h"
 #include "sm90_index.h"
+#include "sm90_wgrad_index.h"
 
 namespace wrn_fast {
 namespace sm90 {
@@ -54,6 +55,8 @@ struct ConvScalars {
   const float* rstd = nullptr;
   float* counts = nullptr;
   float* sums = nullptr;  // moments (fprop), sums (dgrad)
+  float* partials = nullptr;
+  int* counters = nullptr;
 };
 template <class Map>
 struct ConvParams : ConvScalars {
@@ -117,6 +120,30 @@ inline int64_t parts_of(const ConvShape& s, bool dgrad, Sm90Tile tile) {
   return static_cast<int64_t>(pixel_tiles(schedule_for(s, dgrad, tile))) * kConsumers * blocks_of(tile);
 }
 
+// Splits of the reduction of a small call: fetch9 alone has them. short_C: channels of the shortcut, 0 without.
+inline int splits_of(const ConvShape& s, int64_t short_C, bool dgrad, int multiprocessors) {
+  const int chunks = chunks_of(dgrad ? s.K : s.C);
+  // A strided dgrad is not cut: its parities differ in units.
+  const int units = dgrad && s.stride > 1 ? 1 : chunks * s.S + chunks_of(short_C);
+  return conv_splits(units, jobs_of(schedule_for(s, dgrad, Sm90Tile::fetch9)), multiprocessors);
+}
+inline int64_t split_blocks(const ConvShape& s, bool dgrad) {
+  return static_cast<int64_t>(jobs_of(schedule_for(s, dgrad, Sm90Tile::fetch9))) * kConsumers;
+}
+inline int64_t partial_bytes(const ConvShape& s, bool dgrad, int splits) {
+  return splits > 1 ? split_blocks(s, dgrad) * splits * (block_k_of(dgrad ? s.C : s.K) / 2) * kWarpgroup * 4 : 0;
+}
+template <class Args>
+inline bool refuses_splits(const Args& a) {
+  return a.splits < 1 || (a.splits > 1 && (a.tile != Sm90Tile::fetch9 || !a.partials || !a.counters));
+}
+template <class Args>
+inline void take_split(ConvScalars& p, const Args& a) {
+  p.schedule.splits = a.splits;
+  p.partials = a.partials;
+  p.counters = a.counters;
+}
+
 // Why fprop or dgrad cannot be served, or null.
 inline const char* refuses(const char* op, const ConvShape& s, DType dtype, Sm90Tile tile) {
   const bool dgrad = std::strcmp(op, "dgrad") == 0;
@@ -154,11 +181,11 @@ inline MapSpec source_map(const void* x, int64_t N, int64_t H, int64_t W, int64_
   return m;
 }
 
-// The pixels of one parity of y [N,H,W,C], 64 rows of the tile x block_k channels a box: channels of a plane, W, H, N,
-// planes.
+// The pixels of one parity of y [N,H,W,C], 2^rows_log rows of the tile x block_k channels a box: channels of a plane,
+// W, H, N, planes.
 inline MapSpec output_map(const void* y, int64_t N, int64_t H, int64_t W, int64_t C, PixelTile tile, int step,
-                          int parity) {
-  const PixelTile t = sub_tile(tile, 6);
+                          int parity, int rows_log = 6) {
+  const PixelTile t = sub_tile(tile, rows_log);
   const int width = plane_channels(block_k_of(C)), row = parity >> 1, column = parity & 1;
   MapSpec m;
   m.base = static_cast<const char*>(y) + (row * W + column) * C * 2;
@@ -192,6 +219,7 @@ inline ConvParams<MapSpec> fprop_params(const Sm90Fprop& f) {
   const ConvShape& s = f.shape;
   ConvParams<MapSpec> p;
   p.schedule = schedule_for(s, false, f.tile);
+  take_split(p, f);
   const PixelTile t = p.schedule.tile;
   p.out[0] = written(s, false);
   p.R = s.R;
@@ -234,6 +262,7 @@ inline ConvParams<MapSpec> dgrad_params(const Sm90Dgrad& d) {
   const ConvShape& s = d.shape;
   ConvParams<MapSpec> p;
   p.schedule = schedule_for(s, true, d.tile);
+  take_split(p, d);
   const PixelTile t = p.schedule.tile;
   p.R = s.R;
   p.S = s.S;
@@ -259,6 +288,62 @@ inline ConvParams<MapSpec> dgrad_params(const Sm90Dgrad& d) {
   p.mean = d.mean;
   p.rstd = d.rstd;
   p.sums = d.sums;
+  return p;
+}
+
+inline uint32_t wgrad_shared_bytes(int block_k, bool halo) {
+#define CASE(k, tile, blocks, taps) \
+  if (block_k == k) return halo ? WgradMemory<k, true>::kBytes : WgradMemory<k, false>::kBytes;
+  SM90_FETCH9(CASE)
+#undef CASE
+  return 0;
+}
+
+struct WgradScalars {
+  WgradGrid grid;
+  Schedule schedule;  // of the pixels
+  int in_stride = 1, channels = 0, K = 0, pad_left = 0, pad_top = 0;
+  float* slabs = nullptr;  // [splits][K][R][S][C]: dw itself where there is one split
+};
+template <class Map>
+struct WgradParams : WgradScalars {
+  Map a, dy;
+};
+
+// A fetch of three filter rows at once: 3x3 at stride 1, image rows on the swizzle's period, and room for the halo.
+inline bool wgrad_halo(const ConvShape& s, PixelTile t) {
+  return s.R == 3 && s.stride == 1 && t.q_log >= 3 && fetched_rows(t, 2) <= 160;
+}
+inline PixelTile wgrad_tile(const ConvShape& s) {
+  return best_tile(kWgradRowsLog, extent_of(s.Q, s.P, s.N));
+}
+inline WgradGrid wgrad_grid(const ConvShape& s, int multiprocessors) {
+  WgradGrid g{chunks_of(s.C), s.R, s.S, static_cast<int>(s.K / block_k_of(s.K)), 1};
+  g.splits = wgrad_splits(g, pixel_tiles(schedule_of(wgrad_tile(s), extent_of(s.Q, s.P, s.N), 1, 1)), multiprocessors);
+  return g;
+}
+inline int64_t slab_size(const ConvShape& s) {
+  return s.K * s.R * s.S * s.C;
+}
+inline int64_t wgrad_workspace(const ConvShape& s, int multiprocessors) {
+  const int splits = wgrad_grid(s, multiprocessors).splits;
+  return splits > 1 ? splits * slab_size(s) * 4 : 0;
+}
+
+inline WgradParams<MapSpec> wgrad_params(const Sm90Wgrad& w, int multiprocessors) {
+  const ConvShape& s = w.shape;
+  const PixelTile t = wgrad_tile(s);
+  WgradParams<MapSpec> p;
+  p.grid = wgrad_grid(s, multiprocessors);
+  p.schedule = schedule_of(t, extent_of(s.Q, s.P, s.N), 1, 1);
+  p.in_stride = s.stride;
+  p.channels = static_cast<int>(s.C);
+  p.K = static_cast<int>(s.K);
+  p.pad_left = s.pad_left;
+  p.pad_top = s.pad_top;
+  p.slabs = p.grid.splits > 1 ? w.workspace : w.dw;
+  p.a = source_map(w.x, s.N, s.H, s.W, s.C, t, wgrad_halo(s, t) ? 2 : 0, s.stride);
+  p.dy = output_map(w.dy, s.N, s.P, s.Q, s.K, t, 1, 0, kWgradRowsLog);
   return p;
 }
 

@@ -90,7 +90,7 @@ class Recorder:
 
     def __getattr__(self, name):
         function = getattr(self.extension, name)
-        if name in ("Shape", "refuses", "parts") or name.endswith(("_bytes", "_workspace")):
+        if name in ("Shape", "refuses", "parts", "splits", "counters") or name.endswith(("_bytes", "_workspace")):
             return function
 
         def call(*args, **kwargs):

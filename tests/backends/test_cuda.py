@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from backends.harness import RUN
 from kernels import oracle
 
 import wrn_fast
-from wrn_fast import dispatch, ops, tuned
+from wrn_fast import cache, dispatch, ops, parity, tune, tuned
 from wrn_fast.backends import aten, cuda
 from wrn_fast.kernels import cuda_check, cuda_launch
+from wrn_fast.kernels.configs import TileConfig
 from wrn_fast.kernels.cuda_launch import Tile
 from wrn_fast.problem import ConvProblem
 
@@ -35,6 +37,7 @@ def gpu(monkeypatch, recorder):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
         monkeypatch.setattr(torch.version, "hip", None)
         monkeypatch.setattr(cuda, "_failed_check", lambda op, problem: None)
+        monkeypatch.setattr(cuda_launch, "_multiprocessors", lambda index: 132)
         cuda._refused_gpu.cache_clear()
 
     return pretend
@@ -109,6 +112,8 @@ def test_the_tile_fetches_a_filter_column_at_once_where_it_can(gpu):
     assert cuda.config("fprop", SOURCE._replace(stride=2), None) == Tile(0)
     assert cuda.config("dgrad", SOURCE._replace(R=1, S=1, pad=(0,) * 4), None) == Tile(0)
     assert cuda.config("wgrad", SOURCE, None) == Tile(0)
+    assert cuda.config("fprop", SOURCE, 0) == Tile(1)
+    assert cuda.config("fprop", SOURCE._replace(N=1), 0) == Tile(0), "split, to fill the GPU"
 
 
 def test_a_tuned_row_names_the_tile_and_prefers_the_backend(gpu, monkeypatch):
@@ -116,6 +121,7 @@ def test_a_tuned_row_names_the_tile_and_prefers_the_backend(gpu, monkeypatch):
     rows = {}
     monkeypatch.setattr(tuned, "lookup", lambda name, op, problem, chip, arch: rows.get((name, op)))
     assert not cuda.faster("fprop", SOURCE)
+    cuda.config.cache_clear()
     rows["cuda", "fprop"] = {"rows": 128, "apply": True}
     rows["cuda", "dgrad"] = {"rows": 64, "apply": False}
     assert cuda.faster("fprop", SOURCE) and cuda.config("fprop", SOURCE, 0) == Tile(0, True)
@@ -133,7 +139,7 @@ def test_pointers_and_sizes_of_a_forward_call(recorder):
     case = case_of(prologue=True, affine=True, residual=True, bias=True, short_C=16, short_prologue=True,
                    short_affine=True, short_act="relu", short_stride=2, act="relu", want_stats=True)  # fmt: skip
     y, stats, _ = RUN["fprop"](case)
-    assert recorder.names() == ["affine_table", "affine_table", "pack", "pack", "fprop", "merge_moments"]
+    assert recorder.names() == ["pack", "pack", "affine_table", "affine_table", "fprop", "merge_moments"]
     call, x = recorder.of("fprop"), case.x
     assert (call["x"], call["residual"], call["bias"]) == (x.data_ptr(), case.residual.data_ptr(), case.bias.data_ptr())
     assert (call["x_short"], call["y"]) == (case.x_short.data_ptr(), y.data_ptr())
@@ -149,7 +155,7 @@ def test_pointers_and_sizes_of_a_forward_call(recorder):
 def test_the_prologue_is_a_pass_of_its_own_where_the_tile_says_so(recorder, monkeypatch, tile):
     monkeypatch.setattr(cuda, "config", lambda *args: tile)
     RUN["fprop"](case_of(prologue=True, affine=True, act="silu", residual=False))
-    assert recorder.names() == (["apply"] if tile.apply else ["affine_table"]) + ["pack", "fprop"]
+    assert recorder.names() == ["pack", "apply" if tile.apply else "affine_table", "fprop"]
     assert (recorder.of("fprop")["scale"] == 0) == tile.apply
 
 
@@ -157,9 +163,23 @@ def test_dropout_of_the_source_is_drawn_once(recorder):
     case = case_of(prologue=True, affine=True, act="relu", p=0.5, drop_at="prologue", residual=False)
     RUN["fprop"](case)
     RUN["dgrad"](case)
-    assert recorder.names() == ["apply", "pack", "fprop", "pack", "dgrad", "act_backward"]
+    assert recorder.names() == ["pack", "apply", "fprop", "pack", "dgrad", "act_backward"]
     assert recorder.of("apply")["rng"] == recorder.of("act_backward")["rng"] == case.rng.data_ptr()
     assert recorder.of("dgrad")["x"] == 0 and recorder.of("act_backward")["da"] == recorder.of("dgrad")["g"]
+
+
+@pytest.mark.parametrize("prologue", [False, True])
+def test_a_small_call_is_split_and_starts_early_where_a_pass_follows_the_packing(recorder, monkeypatch, prologue):
+    monkeypatch.setattr(cuda_launch, "splits_of", lambda *args: 4)
+    monkeypatch.setattr(cuda_launch, "_counters", {})
+    act = "relu" if prologue else "identity"
+    case = case_of(prologue=prologue, affine=prologue, act=act, residual=False)
+    for op in ("fprop", "dgrad", "fprop"):
+        RUN[op](case)
+    calls = [kwargs for name, kwargs in recorder.calls if name in ("fprop", "dgrad")]
+    assert all(c["tile"] == 0 and c["splits"] == 4 and c["early"] == prologue and c["partials"] for c in calls)
+    (counters,) = cuda_launch._counters.values()
+    assert {c["counters"] for c in calls} == {counters.data_ptr()} and not counters.any()
 
 
 def test_channels_of_the_image_are_filled_up(recorder):
@@ -267,3 +287,40 @@ def test_a_kernel_that_fails_in_the_self_check_is_refused(recorder, no_memory, m
 def test_it_has_the_functions_of_aten():
     for op in (*dispatch.OPS, "unsupported"):
         assert isinstance(getattr(cuda, op), types.FunctionType) and callable(getattr(aten, op)), op
+
+
+# Whole models and tables.
+
+
+def test_a_training_step_of_a_network(recorder):
+    """Every convolution of a WideResNet in bfloat16 by this backend alone, the one on the image too."""
+    torch.manual_seed(0)
+    models = [wrn_fast.classic(10, 10, 1).bfloat16() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    exact = wrn_fast.classic(10, 10, 1).double()
+    exact.load_state_dict(models[0].state_dict())
+    x = torch.randn(2, 3, 32, 32).bfloat16()
+    losses, gradients = [], []
+    for model, name in ((models[0], "cuda"), (models[1], "aten"), (exact, "aten")):
+        with wrn_fast.backend(name):
+            y = model(x.to(next(model.parameters()).dtype))
+            y.float().square().sum().backward()
+        losses.append(y.detach())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    called = set(recorder.names())
+    assert called >= {"fprop", "dgrad", "wgrad", "bn_bwd_apply", "affine_table", "merge_moments", "pack"}
+    for got, peer, want in (losses, gradients):
+        bound = parity.one_seed_bound(parity.error(peer, want), torch.bfloat16, gradient=got.dim() == 1)
+        assert parity.error(got, want) <= bound
+
+
+@pytest.mark.parametrize("us", [1.0, 3.0])
+def test_tune_writes_a_row_only_where_these_kernels_are_faster(monkeypatch, tmp_path, us):
+    pytest.importorskip("triton")
+    row = TileConfig(256, 64, (160, 0), 12, 2)
+    monkeypatch.setattr(tune, "unsupported", lambda device: None)
+    monkeypatch.setattr(tune, "_measure", lambda *args: [(2e-6, TileConfig(128, 64, (128, 32), 8, 3))])
+    monkeypatch.setattr(tune, "_measure_cuda", lambda *args: [(us * 1e-6, row)])
+    done = tune.run([("fprop", SOURCE._replace(device="cpu"))], folder=tmp_path)
+    assert {r["backend"] for r in done["rows"]} == ({"triton", "cuda"} if us < 2 else {"triton"})
+    tuned.validate(cache.read(Path(done["path"])))

@@ -52,7 +52,8 @@ def test_bad_arguments_of_a_pass_are_named(name, change, message):
 CALL = {"dtype": 1, "tile": 0, "x": 16, "scale": 0, "shift": 0, "act": 0, "slope": 0.0, "w": 16, "x_short": 0,
         "short_H": 0, "short_W": 0, "short_C": 0, "short_stride": 1, "short_scale": 0, "short_shift": 0, "short_act": 0,
         "w_short": 0, "bias": 0, "residual": 0, "y": 16, "y_act": 0, "act_out": 0, "out_scale": 0, "out_shift": 0,
-        "counts": 0, "moments": 0, "stream": 0}  # fmt: skip
+        "counts": 0, "moments": 0, "splits": 1, "partials": 0, "counters": 0,
+        "early": False, "stream": 0}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,8 @@ CALL = {"dtype": 1, "tile": 0, "x": 16, "scale": 0, "shift": 0, "act": 0, "slope
      ({"tile": 2}, "`tile`"), ({"y": 0}, "`y`"), ({"y": 0, "y_act": 16, "counts": 16, "moments": 16}, "`y`"),
      ({"moments": 16}, "`moments`"), ({"scale": 16}, "`shift`"), ({"act": 1}, "`act`"),
      ({"residual": 20}, "`residual`"), ({"x_short": 16}, "`w_short`"), ({"x_short": 16, "w_short": 16}, "`short_H`"),
-     ({"dtype": 0}, "bfloat16 or float16"), ({"tile": 1}, "shift3")],
+     ({"dtype": 0}, "bfloat16 or float16"), ({"tile": 1}, "shift3"), ({"splits": 0}, "`splits`"),
+     ({"splits": 2}, "`partials`"), ({"splits": 2, "partials": 16}, "`counters`")],
 )  # fmt: skip
 def test_bad_arguments_of_a_convolution_are_named(change, message):
     extension = cuda_on_cpu.build()

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from backends.cuda_on_cpu import CUDA, ROOT
 
+from benchmarks.battery import hopper
+
 # Two blocks of 256 threads a multiprocessor: fewer cannot keep enough loads in flight.
 MOST_REGISTERS = 128
 FILES = ("common_stats", "common_passes", "common_pack")
@@ -78,3 +80,10 @@ def test_no_local_memory_and_accesses_of_16_bytes(compiled):
         if streaming != "ChannelStats":
             assert re.search(r"\bSTG\.E\.128\b", sass), name
     assert seen
+
+
+def test_the_experiments_for_hopper_compile(tmp_path):
+    """Straight-line products, no spills: else they would measure something else."""
+    tool("nvcc")
+    report = run(*hopper.compile_command(tmp_path / "hopper"), "-Xptxas", "-v")
+    assert "C75" not in report and re.findall(r"(\d+) bytes spill stores", report) == ["0"] * 4

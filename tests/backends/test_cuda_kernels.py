@@ -13,7 +13,7 @@ from backends.cuda_on_cpu import ACTS, CODES
 
 from wrn_fast import masks, parity
 from wrn_fast.backends import aten
-from wrn_fast.random import keep_mask
+from wrn_fast.random import keep_mask, philox4x32
 
 GUARD = 64
 # (rows, C, offset of the first element): whole vectors, single elements by the channels, by the pointer.
@@ -243,6 +243,20 @@ def test_the_mask_is_the_one_of_every_backend(cuda, guarded, dtype, p):
         assert torch.equal(y != 0, kept if p < 1 else torch.zeros_like(kept))
         want = aten.dropout(_problem(dtype, p), image(x), rng)
         assert torch.equal(y, rows(want))
+
+
+def test_a_word_at_the_threshold_is_kept(cuda, guarded):
+    rng = torch.randint(2**62, (2,))
+    words = philox4x32(tuple(torch.tensor([v]) for v in (0, 0, *halves(rng[1]))), halves(rng[0]))
+    for i, word in enumerate(words):
+        x = rows_of(guarded, 1, 4, torch.float32, 0, torch.ones(1, 4))
+        y = apply(cuda, x, guarded.empty(1, 4, dtype=torch.float32), rng=rng, p=int(word) / 2**32)
+        assert y[0, i] > 0
+
+
+def halves(v):
+    """Low and high word."""
+    return int(v) & 0xFFFFFFFF, int(v) >> 32 & 0xFFFFFFFF
 
 
 def _problem(dtype, p):

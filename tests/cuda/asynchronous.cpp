@@ -85,6 +85,7 @@ void Machine::issue_load(uint32_t to, uint32_t bytes, uint32_t barrier, std::fun
 }
 
 void Machine::load_box(uint32_t to, const MapSpec& map, uint32_t barrier, std::array<int, 5> at) {
+  needs_prior_grid();
   check_map(map, to);
   const uint64_t bytes = elements(map, at, [](uint64_t, char*) {});
   issue_load(to, static_cast<uint32_t>(bytes), barrier, [this, to, &map, at] {
@@ -107,6 +108,7 @@ void Machine::load_bytes(uint32_t to, const void* from, uint32_t bytes, uint32_t
 }
 
 void Machine::store_box(const MapSpec& map, uint32_t from, std::array<int, 5> at) {
+  needs_prior_grid();
   check_map(map, from);
   const int agent = kStores + current_ / 128;
   const uint64_t bytes = elements(map, at, [](uint64_t, char*) {});

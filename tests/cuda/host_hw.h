@@ -51,7 +51,7 @@ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
   machine->barrier_wait(barrier, parity);
 }
 inline void sync_block() {
-  machine->meet(0, host::kThreads, true);
+  machine->meet(0, machine->threads(), true);
 }
 inline void sync_warp() {
   machine->meet(kWarpKey + thread() / 32, 32, true);
@@ -67,6 +67,11 @@ template <int count>
 inline void registers_up() {}
 template <int count>
 inline void registers_down() {}
+
+inline void wait_for_prior_grid() {
+  machine->wait_for_prior_grid();
+}
+inline void let_next_grid_start() {}
 
 inline void prefetch_map(const Map*) {}
 inline void load_box4(uint32_t to, const Map* map, uint32_t barrier, int c, int w, int h, int n) {
@@ -181,6 +186,13 @@ inline float reciprocal(float v) {
 }
 inline float fused(float a, float b, float c) {
   return std::fma(a, b, c);
+}
+inline void fence_global() {}
+inline int count_up(int* counter) {
+  return (*counter)++;
+}
+inline float from_other_block(const float* p) {
+  return *p;
 }
 inline float from_global(const float* p) {
   return *p;

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "sm90_conv.cuh"
+#include "sm90_wgrad.cuh"
 
 namespace {
 
@@ -39,7 +40,27 @@ int report(const std::string& error, char* message, int size) {
 
 int run(host::Machine& m, Kernel kernel, const ConvParams<MapSpec>& p, int blocks, char* message, int size) {
   if (!kernel) return report("no such kernel", message, size);
-  return report(m.run(blocks, [&] { kernel(p); }), message, size);
+  return report(m.run(blocks, kThreads, [&] { kernel(p); }), message, size);
+}
+
+using WgradKernel = void (*)(const WgradParams<MapSpec>&);
+
+template <int block_k, bool halo>
+WgradKernel wgrad_of(DType dtype) {
+  return dtype == DType::f16 ? wgrad_body<WgradTraits<block_k, halo, true>, WgradParams<MapSpec>>
+                             : wgrad_body<WgradTraits<block_k, halo, false>, WgradParams<MapSpec>>;
+}
+
+WgradKernel choose_wgrad(int block_k, bool halo, DType dtype) {
+#define CASE(k, tile, blocks, taps) \
+  if (block_k == k) return halo ? wgrad_of<k, true>(dtype) : wgrad_of<k, false>(dtype);
+#ifdef HOST_RUN_ONLY_32
+  CASE(32, fetch9, 1, 1)
+#else
+  SM90_FETCH9(CASE)
+#endif
+#undef CASE
+  return nullptr;
 }
 
 int64_t pixels(const ConvShape& s) {
@@ -73,6 +94,32 @@ int host_dgrad(const Sm90Dgrad* d, uint64_t seed, int blocks, char* message, int
   return run(m, choose<true>(block_k_of(s.C), d->tile, d->dtype), dgrad_params(*d), blocks, message, size);
 }
 
+int host_wgrad(const Sm90Wgrad* w, uint64_t seed, int multiprocessors, char* message, int size) {
+  host::Machine m(seed);
+  const ConvShape& s = w->shape;
+  m.allow(w->dy, pixels(s) * s.K * 2);
+  m.allow(w->x, s.N * s.H * s.W * s.C * 2);
+  const WgradParams<MapSpec> p = wgrad_params(*w, multiprocessors);
+  const WgradKernel kernel = choose_wgrad(block_k_of(s.K), wgrad_halo(s, p.schedule.tile), w->dtype);
+  if (!kernel) return report("no such kernel", message, size);
+  const std::string wrong = m.run(wgrad_jobs(p.grid), kWgradThreads, [&] { kernel(p); });
+  if (wrong.empty() && p.grid.splits > 1) {
+    for (int64_t i = 0; i < slab_size(s); ++i) w->dw[i] = sum_slabs(p.slabs, p.grid.splits, slab_size(s), i);
+  }
+  return report(wrong, message, size);
+}
+
+int64_t host_wgrad_workspace(const ConvShape* s, int multiprocessors) {
+  return wgrad_workspace(*s, multiprocessors);
+}
+
+int64_t host_partial_bytes(const ConvShape* s, int dgrad, int splits) {
+  return partial_bytes(*s, dgrad, splits);
+}
+int64_t host_counters(const ConvShape* s, int dgrad) {
+  return split_blocks(*s, dgrad);
+}
+
 int64_t host_parts(const ConvShape* s, int dgrad, int tile) {
   return parts_of(*s, dgrad, static_cast<Sm90Tile>(tile));
 }
@@ -99,6 +146,9 @@ int64_t host_packed_bytes(int64_t K, int64_t C, int R, int S) {
   return packed_bytes(K, C, R, S);
 }
 int host_sizes(int which) {
-  return which == 0 ? sizeof(Sm90Fprop) : which == 1 ? sizeof(Sm90Dgrad) : sizeof(ConvShape);
+  return which == 0   ? sizeof(Sm90Fprop)
+         : which == 1 ? sizeof(Sm90Dgrad)
+         : which == 2 ? sizeof(ConvShape)
+                      : sizeof(Sm90Wgrad);
 }
 }

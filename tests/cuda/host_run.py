@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, Structure, byref, c_bool, c_char_p, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
 import pytest
@@ -38,6 +38,7 @@ class Fprop(Structure):
         ("short_stride", c_int32), ("short_prologue", Prologue), ("w_short", c_void_p), ("bias", c_void_p),
         ("residual", c_void_p), ("y", c_void_p), ("y_act", c_void_p), ("act_out", c_int32), ("slope_out", c_float),
         ("out_scale", c_void_p), ("out_shift", c_void_p), ("counts", c_void_p), ("moments", c_void_p),
+        ("splits", c_int32), ("partials", c_void_p), ("counters", c_void_p), ("early", c_bool),
     ]  # fmt: skip
 
 
@@ -45,8 +46,14 @@ class Dgrad(Structure):
     _fields_ = [
         ("shape", ConvShape), ("dtype", c_int32), ("tile", c_int32), ("dy", c_void_p), ("w", c_void_p),
         ("x", c_void_p), ("prologue", Prologue), ("mean", c_void_p), ("rstd", c_void_p), ("g", c_void_p),
-        ("sums", c_void_p),
+        ("sums", c_void_p), ("splits", c_int32), ("partials", c_void_p), ("counters", c_void_p), ("early", c_bool),
     ]  # fmt: skip
+
+
+class Wgrad(Structure):
+    _fields_ = [("shape", ConvShape), ("dtype", c_int32)] + [
+        (name, c_void_p) for name in ("dy", "x", "workspace", "dw")
+    ]
 
 
 def compiler() -> str:
@@ -67,11 +74,11 @@ def cuda_headers() -> str:
     pytest.skip("needs the CUDA headers")
 
 
-def build(folder: Path, *, csrc: Path = CSRC, flags: tuple[str, ...] = ()) -> Tool:
-    """The tool with the kernels of `csrc`; a broken copy of them is built the same way."""
+def compile_all(folder: Path, jobs: list[tuple[str, str]], csrc: Path, flags: tuple[str, ...] = ()) -> list[str]:
+    """Object files of (source, optimisation level)."""
     common = [
-        compiler(), "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC",
-        "-ffp-contract=off", f"-I{csrc}", f"-I{HERE}", f"-I{cuda_headers()}", *flags,
+        compiler(), "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-ffp-contract=off",
+        f"-I{csrc}", f"-I{HERE}", f"-I{cuda_headers()}", *flags,
     ]  # fmt: skip
 
     def compile_one(job: tuple[str, str]) -> str:
@@ -82,10 +89,19 @@ def build(folder: Path, *, csrc: Path = CSRC, flags: tuple[str, ...] = ()) -> To
         return out
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        jobs = [("host_run.cpp", "-O1"), ("machine.cpp", "-O3"), ("asynchronous.cpp", "-O3")]
-        objects = list(pool.map(compile_one, jobs))
+        return list(pool.map(compile_one, jobs))
+
+
+def compile_machine(folder: Path) -> list[str]:
+    return compile_all(folder, [("machine.cpp", "-O3"), ("asynchronous.cpp", "-O3")], CSRC)
+
+
+def build(folder: Path, *, csrc: Path = CSRC, flags: tuple[str, ...] = (), objects: list[str] | None = None) -> Tool:
+    """The tool with the kernels of `csrc`; a broken copy of them is built the same way."""
+    machine = compile_machine(folder) if objects is None else objects
+    kernels = compile_all(folder, [("host_run.cpp", "-O1")], csrc, flags)
     library = str(folder / "host_run.so")
-    subprocess.run([common[0], "-shared", *objects, "-o", library], check=True)
+    subprocess.run([compiler(), "-shared", *machine, *kernels, "-o", library], check=True)
     return Tool(library)
 
 
@@ -98,16 +114,20 @@ class Tool:
 
     def __init__(self, library: str) -> None:
         self.lib = ctypes.CDLL(library)
-        self.lib.host_packed_bytes.restype = self.lib.host_parts.restype = c_int64
+        for name in ("host_packed_bytes", "host_parts", "host_wgrad_workspace", "host_partial_bytes", "host_counters"):
+            getattr(self.lib, name).restype = c_int64
+        self.lib.host_wgrad_workspace.argtypes = [POINTER(ConvShape), c_int]
+        self.lib.host_partial_bytes.argtypes = [POINTER(ConvShape), c_int, c_int]
+        self.lib.host_counters.argtypes = [POINTER(ConvShape), c_int]
         self.lib.host_packed_bytes.argtypes = [c_int64, c_int64, c_int, c_int]
         self.lib.host_parts.argtypes = [POINTER(ConvShape), c_int, c_int]
         self.lib.host_refuses.restype = c_char_p
         self.lib.host_refuses.argtypes = [c_char_p, POINTER(ConvShape), c_int, c_int]
         self.lib.host_pack.argtypes = [c_void_p, c_int64, c_int64, c_int, c_int, c_int, c_void_p]
-        for name in ("host_fprop", "host_dgrad"):
+        for name in ("host_fprop", "host_dgrad", "host_wgrad"):
             getattr(self.lib, name).argtypes = [c_void_p, c_uint64, c_int, c_char_p, c_int]
-        sizes = [self.lib.host_sizes(i) for i in range(3)]
-        assert sizes == [ctypes.sizeof(t) for t in (Fprop, Dgrad, ConvShape)], "sm90.h has other structures than this"
+        sizes = [self.lib.host_sizes(i) for i in range(4)]
+        assert sizes == [ctypes.sizeof(t) for t in (Fprop, Dgrad, ConvShape, Wgrad)], "not the structures of sm90.h"
 
     def pack(self, w: Tensor, transpose: bool = False) -> Tensor:
         """The packed image of w [K,R,S,C]; `transpose` for dgrad: the rows are C then."""
@@ -122,12 +142,20 @@ class Tool:
     def parts(self, shape: ConvShape, dgrad: bool, tile: str) -> int:
         return self.lib.host_parts(byref(shape), dgrad, TILES.index(tile))
 
+    def wgrad_workspace(self, shape: ConvShape, multiprocessors: int) -> int:
+        return self.lib.host_wgrad_workspace(byref(shape), multiprocessors)
+
+    def scratch(self, shape: ConvShape, dgrad: bool, splits: int) -> tuple[Tensor, Tensor]:
+        """Partial sums, poisoned, and counters of a split reduction."""
+        partials = torch.full((self.lib.host_partial_bytes(byref(shape), dgrad, splits) // 4,), torch.nan)
+        return partials, torch.zeros(self.lib.host_counters(byref(shape), dgrad), dtype=torch.int32)
+
     def refuses(self, op: str, shape: ConvShape, dtype: torch.dtype, tile: str) -> str | None:
         reason = self.lib.host_refuses(op.encode(), byref(shape), DTYPES[dtype], TILES.index(tile))
         return None if reason is None else reason.decode()
 
     def run(self, op: str, args: Structure, seed: int, blocks: int) -> str:
-        """What went wrong, or an empty string."""
+        """What went wrong, or an empty string. `blocks`: of the persistent kernels; multiprocessors for wgrad."""
         message = ctypes.create_string_buffer(1000)
         getattr(self.lib, f"host_{op}")(byref(args), seed, blocks, message, len(message))
         return message.value.decode()

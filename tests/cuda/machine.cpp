@@ -31,20 +31,21 @@ std::string Machine::name(int agent) const {
   return "thread " + std::to_string(agent);
 }
 
-std::string Machine::run(int blocks, const std::function<void()>& kernel) {
+std::string Machine::run(int blocks, int threads, const std::function<void()>& kernel) {
   machine = this;
   kernel_ = kernel;
   blocks_ = blocks;
+  threads_ = threads;
   std::vector<int> order(blocks);
   for (int i = 0; i < blocks; ++i) order[i] = i;
   std::shuffle(order.begin(), order.end(), random_);
-  for (int i = 0; i < kThreads; ++i) {
+  for (int i = 0; i < threads_; ++i) {
     fibers_.push_back(std::make_unique<Fiber>());
     fibers_.back()->stack = std::make_unique<char[]>(kStackBytes);
   }
   for (int block : order) {
     block_ = block;
-    const std::string error = run_block(kernel);
+    const std::string error = run_block();
     if (!error.empty()) return error;
   }
   return "";
@@ -64,11 +65,11 @@ void Machine::enter() {
   _longjmp(f.env, 1);
 }
 
-std::string Machine::run_block(const std::function<void()>&) {
+std::string Machine::run_block() {
   runnable_.clear();
-  for (int i = 0; i < kThreads; ++i) {
+  for (int i = 0; i < threads_; ++i) {
     Fiber& f = *fibers_[i];
-    f.started = f.finished = f.ordered = false;
+    f.started = f.finished = f.ordered = f.prior_ended = false;
     f.clock = Clock();
     f.clock.seen[i] = 1;
     f.products = f.groups = f.stores = f.store_groups = 0;
@@ -83,6 +84,7 @@ std::string Machine::run_block(const std::function<void()>&) {
   }
   shared_.assign(kSharedBase + kSharedBytes, 0xff);  // NaN as fp32, bf16 and fp16
   words_.assign((kSharedBase + kSharedBytes) / 4, Word());
+  crowds_.clear();
   error_.clear();
   for (;;) {
     _setjmp(scheduler_);
@@ -99,7 +101,7 @@ std::string Machine::run_block(const std::function<void()>&) {
     enter();
   }
   std::map<std::string, int> waiting;
-  for (int i = 0; i < kThreads; ++i) {
+  for (int i = 0; i < threads_; ++i) {
     if (!fibers_[i]->finished) ++waiting[fibers_[i]->waits_for];
   }
   std::string report;
@@ -110,7 +112,7 @@ std::string Machine::run_block(const std::function<void()>&) {
       return "block " + std::to_string(block_) + ": ends within a phase of barrier " + std::to_string(b.agent - kLoads);
     }
   }
-  for (int i = 0; i < kThreads; ++i) {
+  for (int i = 0; i < threads_; ++i) {
     const Fiber& f = *fibers_[i];
     if (f.products != (f.products ? executed_[i / 128] : 0) || f.clock.seen[kStores + i / 128] < f.stores) {
       return "block " + std::to_string(block_) + ": " + name(i) + " ends with products or stores in flight";
@@ -218,7 +220,10 @@ void Machine::check_read(uint32_t address, int bytes, const Clock& clock, int re
     }
     int slot = 0;
     while (slot < 4 && w.reader[slot] >= 0 && w.reader[slot] != reader) ++slot;
-    if (slot == 4) fail("more readers of a word than this tool has room for" + at());
+    if (slot == 4) {
+      crowds_[i][reader] = time;
+      continue;
+    }
     w.reader[slot] = static_cast<int16_t>(reader);
     w.read_time[slot] = time;
   }
@@ -238,6 +243,12 @@ void Machine::check_write(uint32_t address, int bytes, const Clock& clock, int w
         fail("write over bytes that " + name(w.reader[slot]) + " may still read" + at());
       }
       w.reader[slot] = -1;
+    }
+    if (const auto crowd = crowds_.find(i); crowd != crowds_.end()) {
+      for (const auto& [reader, read_time] : crowd->second) {
+        if (clock.seen[reader] < read_time) fail("write over bytes that " + name(reader) + " may still read" + at());
+      }
+      crowds_.erase(crowd);
     }
     w.writer = static_cast<int16_t>(writer);
     w.write_time = time;

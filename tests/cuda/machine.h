@@ -26,7 +26,7 @@ namespace host {
 
 using wrn_fast::sm90::MapSpec;
 
-constexpr int kThreads = 384;
+constexpr int kThreads = 512;  // at most
 constexpr int kBarrierAgents = 64;
 // Who reads or writes: threads; loads by their barrier; products and stores by their warpgroup.
 constexpr int kLoads = kThreads, kProducts = kLoads + kBarrierAgents, kStores = kProducts + 4, kAgents = kStores + 4;
@@ -54,7 +54,8 @@ struct Fiber {
   std::string waits_for;
   Clock clock;
   long products = 0, groups = 0, stores = 0, store_groups = 0;
-  bool ordered = false;  // wgmma.fence since the last commit
+  bool ordered = false;      // wgmma.fence since the last commit
+  bool prior_ended = false;  // griddepcontrol.wait was called
 };
 
 struct Barrier {
@@ -104,12 +105,13 @@ class Machine {
     if (begin) regions_.push_back({static_cast<const char*>(begin), static_cast<const char*>(begin) + bytes});
   }
   // Runs every block, in random order. "" or what went wrong.
-  std::string run(int blocks, const std::function<void()>& kernel);
+  std::string run(int blocks, int threads, const std::function<void()>& kernel);
 
   // What the instructions do; the current fiber calls.
   int thread() const { return current_; }
   int block() const { return block_; }
   int blocks() const { return blocks_; }
+  int threads() const { return threads_; }
   void barrier_init(uint32_t address, int count);
   void barrier_arrive(uint32_t address, uint32_t bytes);
   void barrier_wait(uint32_t address, uint32_t parity);
@@ -117,6 +119,11 @@ class Machine {
   void meet(int key, int threads, bool memory, const std::function<void(Meeting&)>& last = {});
   Meeting& meeting(int key) { return meetings_[key]; }
   void fence_async();
+  void wait_for_prior_grid() { fiber().prior_ended = true; }
+  // Everything but the filters may come from the grid before, or still be read by it.
+  void needs_prior_grid() {
+    if (!fiber().prior_ended) fail("global memory is touched before griddepcontrol.wait");
+  }
   void load_box(uint32_t to, const MapSpec& map, uint32_t barrier, std::array<int, 5> at);
   void load_bytes(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier);
   void store_box(const MapSpec& map, uint32_t from, std::array<int, 5> at);
@@ -133,7 +140,7 @@ class Machine {
  private:
   Fiber& fiber() { return *fibers_[current_]; }
   uint32_t& own_time() { return fiber().clock.seen[current_]; }
-  std::string run_block(const std::function<void()>& kernel);
+  std::string run_block();
   void enter();
   void wait(std::vector<int>& list, const std::string& reason);
   void wake(std::vector<int>& list);
@@ -163,9 +170,11 @@ class Machine {
   long executed_[4] = {};
   std::vector<uint8_t> shared_;
   std::vector<Word> words_;
+  // Readers of a word beyond the four that it has room for, with their times.
+  std::map<uint32_t, std::map<int, uint32_t>> crowds_;
   std::function<void()> kernel_;
   jmp_buf scheduler_;
-  int current_ = 0, block_ = 0, blocks_ = 1;
+  int current_ = 0, block_ = 0, blocks_ = 1, threads_ = 0;
   std::string error_;
 
   friend void fiber_main();

@@ -167,6 +167,15 @@ int sm90_block_k(int64_t K) {
 int64_t sm90_packed_bytes(int64_t K, int64_t C, int R, int S) {
   return sm90::packed_bytes(K, C, R, S);
 }
+int sm90_splits(const ConvShape& shape, int64_t short_C, bool dgrad, int multiprocessors) {
+  return sm90::splits_of(shape, short_C, dgrad, multiprocessors);
+}
+int64_t sm90_partial_bytes(const ConvShape& shape, bool dgrad, int splits) {
+  return sm90::partial_bytes(shape, dgrad, splits);
+}
+int64_t sm90_counters(const ConvShape& shape, bool dgrad) {
+  return sm90::split_blocks(shape, dgrad);
+}
 int64_t sm90_wgrad_workspace(const ConvShape& shape, int) {
   return shape.K * shape.R * shape.S * shape.C * 4;
 }

@@ -9,6 +9,16 @@ from cuda.conv_cases import SHIFT3_WIDTHS, WIDTHS, Call
 
 SHIPPED = [("fetch9", k) for k in WIDTHS] + [("shift3", k) for k in SHIFT3_WIDTHS]
 
+# The network's layers in small, one split and many, a width of each plane, images off the tiles.
+WGRAD = [
+    Call("wgrad", N=1, H=32, W=32, C=160, K=160, blocks=132),
+    Call("wgrad", N=3, H=16, W=16, C=80, K=320, blocks=24),
+    Call("wgrad", N=5, H=8, W=8, C=64, K=128, blocks=1),
+    Call("wgrad", N=2, H=17, W=11, C=48, K=96, stride=2, pad=(0, 1, 0, 1), dtype=torch.float16, blocks=9),
+    Call("wgrad", N=3, H=16, W=16, C=96, K=80, R=1, S=1, stride=2, pad=(0, 0, 0, 0), blocks=5),
+    Call("wgrad", N=9, H=4, W=4, C=16, K=48, blocks=2),
+]
+
 
 def check(tool, call):
     reason = tool.refuses(call.op, call.shape, call.dtype, call.tile)
@@ -55,6 +65,28 @@ def test_the_networks_first_blocks_are_exact(tool, seed, stride_pad):
     check(
         tool, Call(N=2, H=8, W=8, C=64, K=64, tile="shift3", short_C=32, short_stride=stride, want_sums=True, seed=seed)
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("op", ["fprop", "dgrad"])
+def test_silu_is_as_near_as_eager(tool, seed, op, dtype):
+    """The smooth activation in the prologue, in the second output and in the gradient."""
+    call = Call(op, N=2, H=9, W=7, C=48, K=32, prologue=True, act="silu", want_sums=True, dtype=dtype, seed=seed)
+    check(tool, call if op == "dgrad" else replace(call, act_out="silu"))
+
+
+@pytest.mark.parametrize("splits", [2, 3, 7, 12])
+def test_a_split_reduction_is_exact(tool, seed, splits):
+    """Batch 1: chunks, columns and the shortcut in pieces, also more pieces than there is work; all of the epilogue."""
+    call = Call(N=1, H=8, W=8, C=80, K=64, short_C=32, prologue=True, act="relu", bias=True, residual=True, seed=seed)
+    call = replace(call, act_out="relu", want_sums=True, blocks=5, splits=splits)
+    check(tool, call)
+    check(tool, replace(call, op="dgrad", short_C=0))
+
+
+@pytest.mark.parametrize("call", WGRAD, ids=lambda c: f"{c.C}-{c.K}-{c.H}x{c.W}-{c.R}x{c.S}s{c.stride}")
+def test_wgrad_is_exact(tool, seed, call):
+    check(tool, replace(call, seed=seed))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from wrn_fast import tuned
 from wrn_fast._build import missing_extension_reason
-from wrn_fast.kernels import cuda_check, cuda_launch
-from wrn_fast.kernels.cuda_launch import CODES, STEP, Tile
+from wrn_fast.kernels import cuda_check, cuda_launch, cuda_passes
+from wrn_fast.kernels.cuda_launch import STEP, Tile
+from wrn_fast.kernels.cuda_passes import CODES
 from wrn_fast.problem import ConvProblem
 
 NAME = "cuda"
@@ -80,6 +81,12 @@ def _refused_gpu(convolution: bool) -> str | None:
 
 def unsupported(op: str, problem: ConvProblem) -> str | None:
     """A sentence that says why the problem cannot run here, or None."""
+    reason = refused(op, problem)
+    return reason if reason or op not in (*_TENSORS, *_KERNEL_OF) else _failed_check(_KERNEL_OF.get(op, op), problem)
+
+
+def refused(op: str, problem: ConvProblem) -> str | None:
+    """The same without asking the GPU for a proof."""
     found, reason = _load()
     if found is None:
         return reason
@@ -92,7 +99,7 @@ def unsupported(op: str, problem: ConvProblem) -> str | None:
         return refused
     if not convolution:
         return None if problem.dtype in CODES else f"serves float16, bfloat16, float32, float64, got {problem.dtype}"
-    return _refused_convolution(op, problem) or _failed_check(op, problem)
+    return _refused_convolution(op, problem)
 
 
 def _refused_convolution(op: str, problem: ConvProblem) -> str | None:
@@ -126,12 +133,20 @@ def _failed_check(op: str, problem: ConvProblem) -> str | None:
 
 def refused_tile(op: str, problem: ConvProblem, tile: Tile, device: torch.device) -> str | None:
     """What the self-check says against `tile`, run once and remembered in a file, or None."""
+    return cuda_check.reason(op, problem, tuple(tile), extension().__file__, device, _runner(op, tile))
 
+
+def wrong(op: str, problem: ConvProblem, tile: Tile, device: torch.device) -> str | None:
+    """What the self-check says against `tile` now, or None."""
+    return cuda_check.check(op, problem, device, _runner(op, tile))
+
+
+def _runner(op: str, tile: Tile) -> cuda_check.Run:
     def run(small: ConvProblem, *tensors: Tensor | None) -> Tensor:
         out = launch(op, small, tile, *tensors, *[None] * (_TENSORS[op] - len(tensors)))
         return out if op == "wgrad" else out[0]
 
-    return cuda_check.reason(op, problem, tuple(tile), extension().__file__, device, run)
+    return run
 
 
 # Choice of a tile.
@@ -139,13 +154,17 @@ def refused_tile(op: str, problem: ConvProblem, tile: Tile, device: torch.device
 
 @functools.lru_cache(maxsize=1024)
 def config(op: str, problem: ConvProblem, index: int | None) -> Tile:
-    """The tile for `problem` on GPU `index` (None: none): the tuned row, else fetch a filter column at once if it can.
+    """The tile for `problem` on GPU `index` (None: none): the tuned row, else by size.
+
+    A call that is too small to fill the GPU has its reduction split, which kind 0 can; else a filter column is fetched
+    at once where the kernel can.
 
     Raises:
         RuntimeError: the extension is not there.
     """
     row = None if index is None else _row(op, problem, index)
-    tiles = [*([Tile(_ROWS[row["rows"]], row["apply"])] if row else []), Tile(1), Tile(0)]
+    small = op != "wgrad" and cuda_launch.splits_of(extension(), problem, op == "dgrad", index) > 1
+    tiles = [*([Tile(_ROWS[row["rows"]], row["apply"])] if row else []), *([] if small else [Tile(1)]), Tile(0)]
     return next(tile for tile in tiles if legal(op, problem, tile))
 
 
@@ -154,6 +173,18 @@ def legal(op: str, problem: ConvProblem, tile: Tile) -> bool:
     if op == "wgrad":
         return tile == Tile(0)
     return extension().refuses(op, cuda_launch.shape_of(extension(), problem), CODES[problem.dtype], tile.kind) is None
+
+
+def tiles(op: str, problem: ConvProblem) -> list[Tile]:
+    """Every tile that could serve `op` on `problem`."""
+    source = op == "fprop" and (problem.prologue or problem.act != "identity")
+    found = [Tile(kind, apply) for kind in _ROWS.values() for apply in ((False, True) if source else (False,))]
+    return [tile for tile in found if legal(op, problem, tile)]
+
+
+def rows(tile: Tile) -> int:
+    """The pixels of a tile: the field of a tuned row that names its kind."""
+    return next(count for count, kind in _ROWS.items() if kind == tile.kind)
 
 
 def _row(op: str, problem: ConvProblem, index: int) -> dict[str, Any] | None:
@@ -243,7 +274,7 @@ def act_mask(
     problem: ConvProblem, x: Tensor, stats: Tensor | None, gamma: Tensor | None, beta: Tensor | None
 ) -> Tensor:
     """uint8 [N,H,W,ceil(C/8)]: one bit an element, set where act'(bn(x)) is 1."""
-    return cuda_launch.act_mask(extension(), problem, x, stats, gamma, beta)
+    return cuda_passes.act_mask(extension(), problem, x, stats, gamma, beta)
 
 
 def input_grad(
@@ -257,14 +288,14 @@ def bn_bwd_apply(
     problem: ConvProblem, g: Tensor, x: Tensor, stats: Tensor, gamma: Tensor | None, sums_g: Tensor | None
 ) -> Tensor:
     """dx [N,C,H,W] from the gradient before the activation: BatchNorm's own backward, in one pass."""
-    return cuda_launch.bn_bwd_apply(extension(), problem, g, x, stats, gamma, sums_g)
+    return cuda_passes.bn_bwd_apply(extension(), problem, g, x, stats, gamma, sums_g)
 
 
 def channel_stats(problem: ConvProblem, x: Tensor) -> Tensor:
     """[2, C]: mean and biased variance of x, read once."""
-    return cuda_launch.channel_stats(extension(), problem, x)
+    return cuda_passes.channel_stats(extension(), problem, x)
 
 
 def dropout(problem: ConvProblem, x: Tensor, rng: Tensor) -> Tensor:
     """x * mask / (1 - p)."""
-    return cuda_launch.dropout(extension(), problem, x, rng)
+    return cuda_passes.dropout(extension(), problem, x, rng)

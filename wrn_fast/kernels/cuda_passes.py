@@ -1,0 +1,143 @@
+"""Launches of `_cuda`'s passes, given as `e`: pointers, scratch, the stream, an error that names the operator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wrn_fast import masks
+from wrn_fast.problem import ACTS, ConvProblem
+
+# DType of csrc/problem.h
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+FLOAT32 = CODES[torch.float32]
+
+
+@contextmanager
+def queue(op: str, problem: ConvProblem, x: Tensor) -> Iterator[int]:
+    """The current stream of x's device as a number, on that device; an error names operator and shapes."""
+    index = x.device.index if x.device.type == "cuda" else None
+    other = index is not None and index != torch.cuda.current_device()
+    with torch.cuda.device(index) if other else nullcontext():
+        stream = 0 if index is None else torch.cuda.current_stream(index).cuda_stream
+        try:
+            yield stream
+        except (RuntimeError, ValueError) as error:
+            if type(error) not in (RuntimeError, ValueError):  # torch.OutOfMemoryError stays what it is
+                raise
+            p = problem
+            raise RuntimeError(
+                f"{op} of x [{p.N},{p.C},{p.H},{p.W}] and w [{p.K},{p.C},{p.R},{p.S}] ({p.dtype}, stride {p.stride}) "
+                f"on {x.device}: {error}"
+            ) from error
+
+
+def ptr(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def vector(t: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor | None:
+    """A per-channel array as the extension reads it: dense, in the dtype of statistics."""
+    return None if t is None else t.to(dtype).contiguous()
+
+
+def new(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def scratch(x: Tensor, size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=x.device)
+
+
+def absent(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(0, dtype=dtype, device=x.device)
+
+
+def aligned(t: Any) -> Any:
+    """`t`, or its copy where it does not begin at a multiple of 16 bytes, as a slice of a larger tensor may not."""
+    return t if t is None or t.data_ptr() % 16 == 0 else t.clone()
+
+
+def rows_of(x: Tensor) -> dict[str, int]:
+    n, c, h, w = x.shape
+    return {"dtype": CODES[x.dtype], "rows": n * h * w, "C": c}
+
+
+def affine(
+    e: Any, x: Tensor, stats: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, stream: int
+) -> tuple[Tensor, ...]:
+    """scale, shift, mean, rstd: float32 [C] each."""
+    table = torch.empty((4, x.shape[1]), device=x.device)
+    stats, gamma, beta = vector(stats), vector(gamma), vector(beta)  # type: ignore[assignment]
+    e.affine_table(
+        wide=FLOAT32, C=x.shape[1], stats=ptr(stats), gamma=ptr(gamma), beta=ptr(beta), eps=eps,
+        table=ptr(table), stream=stream,
+    )  # fmt: skip
+    return table.unbind()
+
+
+def bn_act(
+    e: Any, x: Tensor, stats: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float, act: str,
+    slope: float, rng: Tensor | None, p: float, stream: int, into: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """act(bn(x)) * mask / (1 - p)."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    stats, gamma, beta = (vector(v, wide) for v in (stats, gamma, beta))
+    y = torch.empty_like(x, memory_format=torch.channels_last) if into is None else into
+    e.apply(
+        **rows_of(x), x=ptr(x), stats=ptr(stats), gamma=ptr(gamma), beta=ptr(beta), eps=eps, act=ACTS.index(act),
+        slope=slope, rng=ptr(rng) if p > 0 else 0, p=p, y=ptr(y), stream=stream,
+    )  # fmt: skip
+    return y
+
+
+def stats_of(e: Any, x: Tensor, stream: int) -> Tensor:
+    out = torch.empty((2, x.shape[1]), dtype=torch.float64 if x.dtype == torch.float64 else None, device=x.device)
+    workspace = scratch(x, e.channel_stats_workspace(**rows_of(x)))
+    e.channel_stats(**rows_of(x), x=ptr(x), stats=ptr(out), workspace=ptr(workspace), stream=stream)
+    return out
+
+
+def act_mask(
+    e: Any, problem: ConvProblem, x: Tensor, stats: Tensor | None, gamma: Tensor | None, beta: Tensor | None
+) -> Tensor:
+    """uint8 [N,H,W,ceil(C/8)]."""
+    with queue("act_mask", problem, x) as stream:
+        vectors = [vector(v, problem.stats_dtype) for v in (stats, gamma, beta)]
+        bits = torch.empty(masks.shape(x.shape), dtype=torch.uint8, device=x.device)
+        e.act_mask(
+            **rows_of(x), x=ptr(x), stats=ptr(vectors[0]), gamma=ptr(vectors[1]), beta=ptr(vectors[2]),
+            eps=problem.eps, act=ACTS.index(problem.act), bits=ptr(bits), stream=stream,
+        )  # fmt: skip
+        return bits
+
+
+def bn_bwd_apply(
+    e: Any, problem: ConvProblem, g: Tensor, x: Tensor, stats: Tensor, gamma: Tensor | None, sums_g: Tensor | None
+) -> Tensor:
+    """dx [N,C,H,W]."""
+    with queue("bn_bwd_apply", problem, g) as stream:
+        wide = problem.stats_dtype
+        dx = torch.empty_like(g, memory_format=torch.channels_last)
+        vectors = [vector(v, wide) for v in (stats, gamma, sums_g if problem.batch_stats else None)]
+        e.bn_bwd_apply(
+            **rows_of(g), g=ptr(g), x=ptr(x), stats=ptr(vectors[0]), gamma=ptr(vectors[1]), eps=problem.eps,
+            sums=ptr(vectors[2]), dx=ptr(dx), stream=stream,
+        )  # fmt: skip
+        return dx
+
+
+def channel_stats(e: Any, problem: ConvProblem, x: Tensor) -> Tensor:
+    """[2, C]: mean and biased variance of x."""
+    with queue("channel_stats", problem, x) as stream:
+        return stats_of(e, x, stream)
+
+
+def dropout(e: Any, problem: ConvProblem, x: Tensor, rng: Tensor) -> Tensor:
+    """x * mask / (1 - p)."""
+    with queue("dropout", problem, x) as stream:
+        return bn_act(e, x, None, None, None, 0.0, "identity", 0.0, rng, problem.p, stream)
