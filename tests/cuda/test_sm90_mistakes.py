@@ -9,7 +9,8 @@ from cuda.conv_cases import Call
 # (file, right, wrong, what the report says)
 MISTAKES = {
     "a phase is flipped the wrong way": (
-        "sm90_conv.cuh", "M::kBFull + b.index), b.phase);", "M::kBFull + b.index), b.phase ^ 1);", "before the loads|nobody wrote",
+        "sm90_conv.cuh", "M::kBFull + b.index), b.phase);", "M::kBFull + b.index), b.phase ^ 1);",
+        "before the loads|nobody wrote",
     ),
     "the producer does not wait for an empty buffer": (
         "sm90_conv.cuh", "hw::barrier_wait(base + M::barrier(M::kBEmpty + b.index), b.phase ^ 1);", "",
