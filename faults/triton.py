@@ -54,7 +54,8 @@ PATCHES: dict[int, Patch | Absent] = {
               "    last = (c == CHANNELS - 1)[None, :] & (ACT == 1)\n"
               "    v = tl.where(last, v / (1.0 + tl.exp(-v)), act_fwd(v, ACT, SLOPE))\n    if SELECT", RANDOM),
     20: Patch(EPILOGUE, "        " + RESIDUAL,
-              "        v = round_to(v, y.dtype.element_ty).to(WIDE)\n        " + RESIDUAL, Check(VALUES, "rounded_once")),
+              "        v = round_to(v, y.dtype.element_ty).to(WIDE)\n        " + RESIDUAL,
+              Check(VALUES, "rounded_once")),
     21: Patch(CONV, DOT, DOT.replace("dot(a", "round_to(dot(a") + ", tl.bfloat16).to(WIDE)", LOW),
     22: Patch("wrn_fast/backends/triton.py", 'if both == ("tf32", "tf32"):', 'if "tf32" in both:',
               Check("tests/backends/test_triton.py", "tf32")),
