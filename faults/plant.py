@@ -56,6 +56,8 @@ class Copy:
         for name in FILES:
             shutil.copy(native.ROOT / name, self.root / name)
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "WRN_FAST_"))}
+        # pytest cuts its summary, and with it the kind of an error, to the width of a terminal.
+        environment["COLUMNS"] = "400"
         self.server = subprocess.Popen(
             [sys.executable, "faults/server.py"], cwd=self.root, env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
