@@ -22,7 +22,7 @@ COPIED = ("wrn_fast", "tests", "csrc", "faults", "benchmarks")
 FILES = ("pyproject.toml", "setup.py", "README.md")
 # A patch that does not run proves nothing about the tests.
 BROKEN = re.compile(r"- (Syntax|Indentation|Name|UnboundLocal|Import|ModuleNotFound|Attribute)Error\b")
-LIMIT_SECONDS = 240
+LIMIT_SECONDS = 400
 
 CAUGHT = "caught"
 SURVIVED = "survived"
