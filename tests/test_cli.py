@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import wrn_fast
-from wrn_fast import dispatch, packing, parity, reference
+from wrn_fast import dispatch, packing, parity, reference, tune_cpu
 from wrn_fast.backends import BACKENDS
 from wrn_fast.cli import info, main
 from wrn_fast.cli import verify as command
@@ -112,13 +112,13 @@ def test_info_obeys_a_narrowed_choice(capsys):
     assert {use for row in data["choices"] for use in row["uses"].values()} == {"aten"}
 
 
-@pytest.mark.parametrize("words", [("info",), ("tune",)])
-def test_a_table_and_json_both_succeed(capsys, words):
-    assert run(capsys, *words)[0] == 0
-    assert isinstance(run_json(capsys, *words)[1], dict)
+def test_a_table_and_json_both_succeed(capsys):
+    assert run(capsys, "info")[0] == 0
+    assert isinstance(run_json(capsys, "info")[1], dict)
 
 
-def test_tune_says_why_there_is_nothing_to_tune(capsys):
+def test_tune_says_why_there_is_nothing_to_tune(capsys, monkeypatch):
+    monkeypatch.setattr(tune_cpu, "unsupported", lambda: "no compiler")
     status, data = run_json(capsys, "tune")
     assert status == 0 and data["tuned"] == [] and data["reason"] in run(capsys, "tune")[1]
 
@@ -291,10 +291,10 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(capsys, tmp_path, zipped, m
 
 def test_the_module_runs_as_a_command():
     result = subprocess.run(
-        [sys.executable, "-m", "wrn_fast.cli", "tune", "--json"], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "wrn_fast.cli", "info", "--json"], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["tuned"] == []
+    assert json.loads(result.stdout)["choices"]
 
 
 # docs/parity.md

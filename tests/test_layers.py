@@ -16,6 +16,7 @@ LAYERS = {
         "errors",
         "checks",
         "masks",
+        "measured",
         "problem",
         "tuned",
         "precision",
@@ -33,7 +34,7 @@ LAYERS = {
     4: {"ops", "autograd"},
     5: {"functional", "chain"},
     6: {"reference", "block", "model", "convert", "parity", "mc", "graphs", "fp8"},
-    7: {"tune", "verify", "cli", "demo", "recipes"},
+    7: {"tune", "tune_cpu", "verify", "cli", "demo", "recipes"},
 }
 SIDEWAYS = {
     "checks": {"errors", "masks", "problem"},
@@ -42,6 +43,8 @@ SIDEWAYS = {
     "steps": {"problem"},
     "autograd": {"ops"},
     "tuned": {"errors", "problem", "cache"},
+    "measured": {"errors", "problem", "cache", "machine"},
+    "tune_cpu": {"tune"},
     "random": {"errors"},
     "model": {"block", "reference"},
     "convert": {"block", "model", "reference", "parity"},
@@ -49,7 +52,7 @@ SIDEWAYS = {
     "fp8": {"parity"},
     "mc": {"block", "model", "convert", "reference"},
     "verify": set(),
-    "cli": {"tune", "verify"},
+    "cli": {"tune", "tune_cpu", "verify"},
     "demo": {"cli"},
     "recipes": {"demo"},
 }
@@ -58,7 +61,7 @@ NARROW = {"reference": {"errors"}, "kernels": LAYERS[0] | {"packing"}, "dispatch
 # Third-party modules beside torch, and who may import them (at any depth, also inside functions).
 OUTSIDERS = {
     "triton": {"kernels", "backends"},
-    "rich": {"cli", "tune", "demo", "verify", "mc", "recipes"},
+    "rich": {"cli", "tune", "tune_cpu", "demo", "verify", "mc", "recipes"},
     "numpy": {"demo", "convert"},
     "matplotlib": {"demo"},
     "sklearn": {"demo"},

@@ -51,7 +51,7 @@ def test_the_pin(monkeypatch, value, pinned):
 
 def test_an_unknown_pin(monkeypatch):
     monkeypatch.setenv("WRN_FAST_PIN_ALGO", "f6")
-    with pytest.raises(WrnFastError, match="`WRN_FAST_PIN_ALGO`: expected one of 0, 1, f4, f2, direct, got 'f6'"):
+    with pytest.raises(WrnFastError, match="`WRN_FAST_PIN_ALGO`: expected one of 0, 1, f4, f2, direct, measured, got 'f6'"):
         pinned_algorithm()
 
 
@@ -67,17 +67,19 @@ def test_the_policy(monkeypatch):
     assert [algorithm(name) for name in PRECISIONS] == ["f4", "f2", "direct"]
     assert [algorithm(C=c) for c in (8, 16, 63, 64)] == ["direct", "f2", "f2", "f4"]
     assert algorithm(K=8) == "direct"
-    assert algorithm(stride=2) == "direct"
+    assert [algorithm(stride=2, C=c) for c in (16, 31, 32)] == ["direct", "direct", "f2s2"]
+    assert algorithm("direct", stride=2) == "direct"
+    assert algorithm(stride=3) == "direct"
     assert algorithm(R=1, S=1) == "direct"
     assert algorithm(H=2, W=2) == "f2"
     wide = {"C": 640, "K": 640, "H": 8, "W": 8}
     assert [algorithm(N=n, **wide) for n in (1, 2, 8)] == ["f2", "f4", "f4"]
     monkeypatch.setenv("WRN_FAST_PIN_ALGO", "1")
     assert algorithm(N=1, **wide) == "f4"
-    for pin in ("f4", "f2", "direct"):
+    for pin, at_stride_2 in (("f4", "direct"), ("f2", "f2s2"), ("direct", "direct")):
         monkeypatch.setenv("WRN_FAST_PIN_ALGO", pin)
         assert algorithm() == algorithm(C=8) == pin
-        assert algorithm(stride=2) == "direct"
+        assert algorithm(stride=2) == at_stride_2
 
 
 @pytest.mark.native

@@ -7,7 +7,8 @@
 
 `WRN_FAST_PRECISION` sets it for the process, `with wrn_fast.precision("direct")` for a block of code.
 `WRN_FAST_PIN_ALGO=1` keeps the choice of algorithm from looking at the batch size, so that an image's bits do not
-depend on its neighbours; `f4`, `f2` or `direct` runs that algorithm wherever it can run, whatever the policy says.
+depend on its neighbours; `f4`, `f2` or `direct` runs that algorithm wherever it can run, whatever the policy says;
+`measured` runs what `wrn-fast tune` found to be the fastest here, and the policy where it measured nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from wrn_fast.setting import Setting
 
 PRECISIONS = ("fast", "f2", "direct")
 FP8 = "fp8"
-PINS = ("", "1", "f4", "f2", "direct")
+PINS = ("", "1", "f4", "f2", "direct", "measured")
 
 _setting: Setting[str] = Setting()
 

@@ -31,7 +31,8 @@ Pin parse_pin(const std::string& pin) {
 Plan make_plan(bool bf16, int64_t N, int64_t H, int64_t W, int64_t C, int64_t K, int R, int S, int stride, int pad_left,
                int pad_right, int pad_top, int pad_bottom, const std::string& act, float slope, double eps, double p,
                const std::string& drop_at, int64_t short_C, int short_stride, const std::string& short_act,
-               double short_eps, const std::string& act_out, const std::string& precision, const std::string& pin) {
+               double short_eps, const std::string& act_out, const std::string& precision, const std::string& pin_fprop,
+               const std::string& pin_dgrad, const std::string& pin_wgrad) {
   Plan plan;
   ConvShape& s = plan.shape;
   s.N = N;
@@ -59,9 +60,9 @@ Plan make_plan(bool bf16, int64_t N, int64_t H, int64_t W, int64_t C, int64_t K,
   plan.drop_at = parse_drop_at(drop_at);
   plan.short_C = short_C;
   plan.short_stride = short_stride;
-  plan.fprop_algo = narrow(choose_algo(s, false, parse_pin(pin)), precision);
-  plan.dgrad_algo = narrow(choose_algo(s, true, parse_pin(pin)), precision);
-  plan.wgrad_algo = precision == "direct" || pin == "direct" ? Algo::direct : choose_wgrad_algo(s);
+  plan.fprop_algo = narrow(choose_algo(s, false, parse_pin(pin_fprop)), precision);
+  plan.dgrad_algo = narrow(choose_algo(s, true, parse_pin(pin_dgrad)), precision);
+  plan.wgrad_algo = precision == "direct" || pin_wgrad == "direct" ? Algo::direct : choose_wgrad_algo(s);
   return plan;
 }
 
@@ -130,7 +131,7 @@ PYBIND11_MODULE(_cpu, m) {
            py::arg("K"), py::arg("R"), py::arg("S"), py::arg("stride"), py::arg("pad_left"), py::arg("pad_right"),
            py::arg("pad_top"), py::arg("pad_bottom"), py::arg("act"), py::arg("slope"), py::arg("eps"), py::arg("p"),
            py::arg("drop_at"), py::arg("short_C"), py::arg("short_stride"), py::arg("short_act"), py::arg("short_eps"),
-           py::arg("act_out"), py::arg("precision"), py::arg("pin"))
+           py::arg("act_out"), py::arg("precision"), py::arg("pin_fprop"), py::arg("pin_dgrad"), py::arg("pin_wgrad"))
       .def_property_readonly("fprop_algo", [](const Plan& p) { return name_of(p.fprop_algo); })
       .def_property_readonly("dgrad_algo", [](const Plan& p) { return name_of(p.dgrad_algo); })
       .def_property_readonly("wgrad_algo", [](const Plan& p) { return name_of(p.wgrad_algo); })

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wrn_fast import masks, packing
+from wrn_fast import masks, measured, packing
 from wrn_fast.native import extension, floats, isa, load, threads
 from wrn_fast.precision import current, pinned
 from wrn_fast.problem import ConvProblem
@@ -58,11 +58,16 @@ def packed_bytes(problem: ConvProblem) -> int:
 
 def _plan(problem: ConvProblem) -> Any:
     """The problem's scalars on the C++ side, with the algorithms that the settings of this moment choose."""
-    return _plan_for(problem, current(), pinned())
+    pin = pinned()
+    pins = pin, pin, pin
+    if pin == "measured":
+        where = str(isa()), torch.get_num_threads()
+        pins = measured.lookup("fprop", problem, *where), measured.lookup("dgrad", problem, *where), ""
+    return _plan_for(problem, current(), pins)
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan_for(problem: ConvProblem, exactness: str, pin: str) -> Any:
+def _plan_for(problem: ConvProblem, exactness: str, pins: tuple[str, str, str]) -> Any:
     left, right, top, bottom = problem.pad
     return extension().Plan(
         bf16=problem.dtype == torch.bfloat16, N=problem.N, H=problem.H, W=problem.W, C=problem.C, K=problem.K,
@@ -70,7 +75,7 @@ def _plan_for(problem: ConvProblem, exactness: str, pin: str) -> Any:
         pad_bottom=bottom, act=problem.act, slope=problem.slope, eps=problem.eps, p=problem.p,
         drop_at=problem.drop_at, short_C=problem.short_C, short_stride=problem.short_stride,
         short_act=problem.short_act, short_eps=problem.short_eps, act_out=problem.act_out, precision=exactness,
-        pin=pin,
+        pin_fprop=pins[0], pin_dgrad=pins[1], pin_wgrad=pins[2],
     )  # fmt: skip
 
 
