@@ -59,6 +59,7 @@ def test_a_run_cut_short_goes_on_bit_for_bit(amp, tmp_path, monkeypatch):
     a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "cut"))
     for part in ("model", "average"):
         assert all(torch.equal(v, b[part][k]) for k, v in a[part].items()), part
+    assert a["scaler"] == b["scaler"] and a["schedule"] == b["schedule"] and bool(a["scaler"]) == (amp == "fp16")
     momenta = zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values())
     assert all(torch.equal(x["momentum_buffer"], y["momentum_buffer"]) for x, y in momenta)
     assert without_seconds(run(tmp_path / "cut", *words, "--resume")) == without_seconds(want)  # nothing left to do
