@@ -11,8 +11,9 @@ from kernels.interpreted import FPROP
 from torch import Tensor
 
 from wrn_fast import parity
-from wrn_fast.kernels import dgrad, dropout, fprop, masks, wgrad
+from wrn_fast.kernels import dgrad, dropout, fprop, wgrad
 from wrn_fast.kernels.configs import ARCHS, heuristic
+from wrn_fast.kernels.masks import act_mask
 from wrn_fast.masks import unpack
 from wrn_fast.problem import ConvProblem
 from wrn_fast.random import keep_mask
@@ -48,7 +49,7 @@ def mask_bits(dtype: torch.dtype, act: str) -> tuple[list[bool], list[bool]]:
     leaf = x.clone().requires_grad_()
     (g,) = torch.autograd.grad(oracle.act(leaf, act, 0.1).sum(), [leaf])
     problem = PLAIN._replace(N=1, H=1, W=1, C=x.shape[1], dtype=dtype, w_dtype=dtype, R=1, S=1, pad=(0,) * 4, act=act)
-    bits = masks.act_mask(problem, x.contiguous(memory_format=torch.channels_last), None, None, None)
+    bits = act_mask(problem, x.contiguous(memory_format=torch.channels_last), None, None, None)
     return (g == 1).flatten().tolist(), unpack(bits, x.shape[1]).flatten().tolist()
 
 
