@@ -1,7 +1,8 @@
 """Inference in eight bits, by explicit choice: ranges from a few batches, then `with wrn_fast.precision("fp8")`.
 
-    calibration = wrn_fast.fp8.calibrate(model.eval(), batches)
-    print(calibration)                                       # what it costs in accuracy
+    from wrn_fast.fp8 import calibrate
+
+    print(calibrate(model.eval(), batches))                  # what it costs in accuracy
     with torch.no_grad(), wrn_fast.precision("fp8"):
         y = model(x)
 

@@ -22,11 +22,16 @@ SMALL = ConvProblem(
 
 
 class Seen(NamedTuple):
-    """One launch: the compiled kernel, the grid, and what stands at run time."""
+    """One launch: the compiled kernel, the grid, all arguments, and the places of those that stand at run time."""
 
     kernel: str
     grid: tuple[int, int, int]
-    arguments: list[Any]
+    arguments: tuple
+    at_run_time: tuple[int, ...]
+
+    def numbers(self) -> list[Any]:
+        """What stands at run time and is no tensor."""
+        return [self.arguments[i] for i in self.at_run_time if not isinstance(self.arguments[i], Tensor)]
 
 
 class _Driver:
@@ -58,16 +63,13 @@ class _Driver:
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         """Triton's launcher reads constants from the source; so do we, to know what is left for run time."""
-        fixed = {i for (i,) in source.constants}
-        names = list(source.signature)
+        kinds = list(source.signature.values())
+        left = tuple(i for i, kind in enumerate(kinds) if (i,) not in source.constants and kind != "constexpr")
 
         def launch(x: int, y: int, z: int, stream: int, function: int, packed: Any, more: Any, enter: Any, leave: Any,
                    *arguments: Any) -> None:  # fmt: skip
-            assert len(arguments) == len(names), (len(arguments), names)
-            at_run_time = [
-                v for i, v in enumerate(arguments) if i not in fixed and source.signature[names[i]] != "constexpr"
-            ]
-            self.seen.append(Seen(metadata.hash, (x, y, z), at_run_time))
+            assert len(arguments) == len(kinds), (len(arguments), kinds)
+            self.seen.append(Seen(metadata.hash, (x, y, z), arguments, left))
 
         return launch
 
@@ -142,7 +144,7 @@ def _count(calls: list[Any]) -> Again:
             seen.clear()
             one()
             dispatched.append(len(asked))
-            launched.append([(s.kernel, s.grid, [v for v in s.arguments if not isinstance(v, Tensor)]) for s in seen])
+            launched.append([(s.kernel, s.grid, s.numbers()) for s in seen])
     return Again(dispatched, launched)
 
 
@@ -208,6 +210,7 @@ def cost(op: str, problem: ConvProblem, rounds: int = 300) -> tuple[int, float]:
             begin = time.perf_counter()
             for _ in range(rounds):
                 call(problem, t, op)
+            seen.clear()
             best = min(best, (time.perf_counter() - begin) / rounds)
     return launches, best * 1e6
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from wrn_fast import parity
 from wrn_fast.kernels import dgrad, dropout, fprop, wgrad
 from wrn_fast.kernels.configs import ARCHS, heuristic
+from wrn_fast.kernels.masks import act_mask
+from wrn_fast.masks import unpack
 from wrn_fast.problem import ConvProblem
 from wrn_fast.random import keep_mask
 
@@ -38,6 +40,17 @@ def reach(dtype: torch.dtype, act: str, seed: int) -> dict[str, tuple[list, list
             kinds = [[v.isnan().tolist(), v.isposinf().tolist(), v.isneginf().tolist()] for v in (want, y)]
             found[f"{value} at {at}"] = (kinds[0], kinds[1])
     return found
+
+
+def mask_bits(dtype: torch.dtype, act: str) -> tuple[list[bool], list[bool]]:
+    """(where eager lets a gradient of 1 pass, the bits of act_mask) of special values, in a row that ends in a byte."""
+    values = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-7, -1e-7, 1.0, -1.0, 0.0, 2.0])
+    x = values.to(dtype).reshape(1, -1, 1, 1)
+    leaf = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(oracle.act(leaf, act, 0.1).sum(), [leaf])
+    problem = PLAIN._replace(N=1, H=1, W=1, C=x.shape[1], dtype=dtype, w_dtype=dtype, R=1, S=1, pad=(0,) * 4, act=act)
+    bits = act_mask(problem, x.contiguous(memory_format=torch.channels_last), None, None, None)
+    return (g == 1).flatten().tolist(), unpack(bits, x.shape[1]).flatten().tolist()
 
 
 def large_mean(dtype: torch.dtype, seed: int) -> str:

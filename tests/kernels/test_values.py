@@ -14,6 +14,13 @@ def test_nan_and_infinity_reach_what_they_reach_in_eager(interpreter, dtype, act
         assert eager == ours, position
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("act", ["relu", "leaky_relu"])
+def test_a_mask_is_open_where_eager_lets_a_gradient_pass(interpreter, dtype, act):
+    eager, ours = interpreter(special.mask_bits, dtype, act)
+    assert eager == ours and any(eager) and not all(eager)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_statistics_keep_their_digits_at_a_large_mean(interpreter, dtype, seed):
     """Pooled over the channels: mean 1000, variance 1."""
