@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ COPIED = ("wrn_fast", "tests", "csrc", "faults", "benchmarks")
 FILES = ("pyproject.toml", "setup.py", "README.md")
 # A patch that does not run proves nothing about the tests.
 BROKEN = re.compile(r"- (Syntax|Indentation|Name|UnboundLocal|Import|ModuleNotFound|Attribute)Error\b")
-LIMIT_SECONDS = 240
+LIMIT_SECONDS = 400
 
 CAUGHT = "caught"
 SURVIVED = "survived"
@@ -54,11 +55,19 @@ class Copy:
             shutil.copytree(native.ROOT / name, self.root / name, ignore=ignore)
         for name in FILES:
             shutil.copy(native.ROOT / name, self.root / name)
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "WRN_FAST_"))}
+        # pytest cuts its summary, and with it the kind of an error, to the width of a terminal.
+        environment["COLUMNS"] = "400"
+        self.server = subprocess.Popen(
+            [sys.executable, "faults/server.py"], cwd=self.root, env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
 
     def __enter__(self) -> Copy:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self.server.communicate()
         self.folder.cleanup()
 
     def link(self, patch: Patch | None = None) -> None:
@@ -93,27 +102,25 @@ class Copy:
 
     def check(self, cell: Cell, patch: Patch, seed: int) -> tuple[str, str]:
         """(state, the test that noticed or what went wrong)."""
-        done = self.pytest(cell.backend, seed, patch.check.file, "-k", patch.check.select)
-        failed = re.search(r"^FAILED (\S+::.*)$", done.stdout, re.MULTILINE)
-        text = failed[1] if failed else done.stdout[-2000:] + done.stderr[-2000:]
-        if done.returncode == 1 and failed and not BROKEN.search(failed[0]):
-            return CAUGHT, text.split(" - ")[0]
-        if done.returncode < 0:
+        status, said = self.pytest(cell.backend, seed, patch.check.file, "-k", patch.check.select)
+        failed = re.search(r"^FAILED (\S+::.*)$", said, re.MULTILINE)
+        if status == 1 and failed and not BROKEN.search(failed[0]):
+            return CAUGHT, failed[1].split(" - ")[0]
+        if status < 0:
             return CAUGHT, f"a crash in {patch.check.file}"
-        if done.returncode == 0:
+        if status == 0:
             return SURVIVED, f"{patch.check.file} -k '{patch.check.select}'"
-        return BROKEN_PATCH, text
+        return BROKEN_PATCH, said[-2000:]
 
-    def pytest(self, backend: str, seed: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """pytest in the copy, on the code of the copy, until the first failure."""
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "WRN_FAST_"))}
-        environment |= {"WRN_FAST_ISA": "portable"} if backend == "cpu" else {}
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=line", "-p", "no:cacheprovider"]
-        command += ["--seed", str(seed), "--all-cases", *arguments]
-        try:
-            return subprocess.run(
-                command, cwd=self.root, env=environment, capture_output=True, text=True, errors="replace",
-                timeout=LIMIT_SECONDS,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired as error:
-            return subprocess.CompletedProcess(command, 124, str(error.stdout), str(error.stderr))
+    def pytest(self, backend: str, seed: int, *arguments: str) -> tuple[int, str]:
+        """pytest in the copy, on the code of the copy, until the first failure: its status and what it said."""
+        log = self.root / "pytest.log"
+        options = ["-q", "-x", "--tb=line", "-p", "no:cacheprovider", "--seed", str(seed), "--all-cases"]
+        request = {
+            "arguments": [*options, *arguments],
+            "environment": {"WRN_FAST_ISA": "portable"} if backend == "cpu" else {},
+            "log": str(log), "seconds": LIMIT_SECONDS,
+        }  # fmt: skip
+        assert self.server.stdin is not None and self.server.stdout is not None
+        print(json.dumps(request), file=self.server.stdin, flush=True)
+        return int(self.server.stdout.readline()), log.read_text(encoding="utf-8", errors="replace")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from faults.patch import BATTERY, NO_CODE, Absent, Check, Patch
 
-TILE, CONV, STATS, FPROP, DGRAD, WGRAD, APPLY = (
-    f"wrn_fast/kernels/{name}.py" for name in ("tile", "conv", "stats", "fprop", "dgrad", "wgrad", "bn_bwd_apply")
+TILE, CONV, EPILOGUE, STATS, FPROP, DGRAD, WGRAD, APPLY = (
+    f"wrn_fast/kernels/{name}.py"
+    for name in ("tile", "conv", "epilogue", "stats", "fprop", "dgrad", "wgrad", "bn_bwd_apply")
 )
 RANDOM = Check("tests/kernels/test_interpreted.py", "test_float64")
 LOW = Check("tests/kernels/test_interpreted.py", "lower_precisions and float32 and fprop")
@@ -20,13 +21,14 @@ RSTD = "rstd = rsqrt(tl.load(stats + CHANNELS + c, mask=m, other=1.0) + EPS, WID
 SCALE = "scale = rstd * tl.load(gamma + c, mask=m, other=0.0).to(WIDE)"
 SHIFT = "shift = tl.load(beta + c, mask=m, other=0.0).to(WIDE)"
 COUNT = "count = tl.where(left > tile_rows, tile_rows, tl.where(left > 0, left, 0)).to(WIDE)"
-LAUNCH = "problem.N, spec, config, precision, conv.drop_args(problem.p), dy, packed, g,"
+DROPPED = "v = drop(v, kept, keep, keep_low, WIDE)\n    if spec.in_act"
+
 
 PATCHES: dict[int, Patch | Absent] = {
     1: Patch(TILE, "        if HALO:\n            shift = tl.where(inside[:, None], shift, 0.0)\n", "", RANDOM),
     2: Patch(CONV, " & (vs >= 0) & (vs < W)\n", " & (vs >= 0)\n", RANDOM),
-    3: Patch(CONV, STORE_Y, STORE_Y.replace("valid", "valid & (k < COLS // 16 * 16)[None, :]"), RANDOM),
-    4: Patch(CONV, STORE_Y, STORE_Y.replace("valid", "valid & (tl.sum(rows.to(tl.int32), 0) == rows.shape[0])"),
+    3: Patch(EPILOGUE, STORE_Y, STORE_Y.replace("valid", "valid & (k < COLS // 16 * 16)[None, :]"), RANDOM),
+    4: Patch(EPILOGUE, STORE_Y, STORE_Y.replace("valid", "valid & (tl.sum(rows.to(tl.int32), 0) == rows.shape[0])"),
              RANDOM),
     5: Patch(CONV, "am = inside[:, None] & (c < RED)[None, :]",
              "am = inside[:, None] & (c < RED // BLOCK_RED * BLOCK_RED)[None, :]", RANDOM),
@@ -39,10 +41,9 @@ PATCHES: dict[int, Patch | Absent] = {
              RANDOM),
     10: Patch(CONV, "tile = tl.program_id(0) // column_tiles\n",
               "tile = tl.program_id(0) % (tl.num_programs(0) // column_tiles)\n", RANDOM),
-    11: Patch(FPROP, 'short_source=problem.short_prologue or problem.short_act != "identity",', "short_source=False,",
-              RANDOM),
-    12: Patch(CONV, RESIDUAL, "v += tl.maximum(" + RESIDUAL.removeprefix("v += ") + ", 0.0)", RANDOM),
-    13: Patch(CONV, RESIDUAL, RESIDUAL.replace("mask=valid", "mask=valid & (k < COLS - 1)[None, :]"), RANDOM),
+    11: Patch(FPROP, "short_source = not e4m3 and (", "short_source = False and (", RANDOM),
+    12: Patch(EPILOGUE, RESIDUAL, "v += tl.maximum(" + RESIDUAL.removeprefix("v += ") + ", 0.0)", RANDOM),
+    13: Patch(EPILOGUE, RESIDUAL, RESIDUAL.replace("mask=valid", "mask=valid & (k < COLS - 1)[None, :]"), RANDOM),
     14: Patch(STATS, RSTD, "root = tl.sqrt(tl.load(stats + CHANNELS + c, mask=m, other=1.0)) + EPS\n"
               "    rstd = rsqrt(root * root, WIDE)", RANDOM),
     15: Patch(STATS, RSTD, RSTD.replace("EPS", "1e-3"), RANDOM),
@@ -52,7 +53,8 @@ PATCHES: dict[int, Patch | Absent] = {
     19: Patch(TILE, "    v = act_fwd(v, ACT, SLOPE)\n    if SELECT",
               "    last = (c == CHANNELS - 1)[None, :] & (ACT == 1)\n"
               "    v = tl.where(last, v / (1.0 + tl.exp(-v)), act_fwd(v, ACT, SLOPE))\n    if SELECT", RANDOM),
-    20: Patch(CONV, "        " + RESIDUAL, "        v = round_to(v, y.dtype.element_ty).to(WIDE)\n        " + RESIDUAL,
+    20: Patch(EPILOGUE, "        " + RESIDUAL,
+              "        v = round_to(v, y.dtype.element_ty).to(WIDE)\n        " + RESIDUAL,
               Check(VALUES, "rounded_once")),
     21: Patch(CONV, DOT, DOT.replace("dot(a", "round_to(dot(a") + ", tl.bfloat16).to(WIDE)", LOW),
     22: Patch("wrn_fast/backends/triton.py", 'if both == ("tf32", "tf32"):', 'if "tf32" in both:',
@@ -65,26 +67,25 @@ PATCHES: dict[int, Patch | Absent] = {
     29: Patch(STATS, "    return merge(partial, rows, block_rows)",
               "    last = channel_stats.__dict__\n    now = merge(partial, rows, block_rows)\n"
               "    before = last.get(problem.C, now)\n    last[problem.C] = now\n    return before", RANDOM),
-    30: Patch(CONV, "tile_stats(v, rows, valid, WIDE)", "tile_stats(acc, rows, valid, WIDE)", RANDOM),
+    30: Patch(EPILOGUE, "tile_stats(v, rows, valid, WIDE)", "tile_stats(acc, rows, valid, WIDE)", RANDOM),
     32: Patch(TILE, "g = tl.where(v <= 0, 0.0, g)", "g = tl.where(v < 0, 0.0, g)",
               Check("tests/kernels/test_selfcheck.py", "right_kernel")),
-    33: Patch(CONV, "u = affine_tile(xv, affine_in, k, COLS, spec.center)\n", "u = xv\n", RANDOM),
+    33: Patch(EPILOGUE, "u = affine_tile(xv, affine_in, k, COLS, spec.center)\n", "u = xv\n", RANDOM),
     34: Patch(APPLY, "v = v - mean_g[None, :] - xhat", "v = v - xhat", RANDOM),
     35: Patch(APPLY, " - xhat * mean_gx[None, :]", "", RANDOM),
-    36: Patch(DGRAD, "packed = contiguous(w.permute(1, 2, 3, 0), x.dtype)",
-              "packed = contiguous(w.flip(2, 3).permute(1, 2, 3, 0), x.dtype)", RANDOM),
+    36: Patch(DGRAD, "contiguous(w.permute(1, 2, 3, 0), dy.dtype) if",
+              "contiguous(w.flip(2, 3).permute(1, 2, 3, 0), dy.dtype) if", RANDOM),
     37: Patch(WGRAD, "        source=source,\n", "        source=False,\n", RANDOM),
     38: Patch(DGRAD, "sums = add(partial)", "sums = add(partial[: max(1, len(partial) - 1)])", RANDOM),
-    39: Patch(DGRAD, LAUNCH, LAUNCH.replace("conv.drop_args(problem.p)", "(conv.drop_args(problem.p)[0], 1.0, 0.0)"),
-              RANDOM),
-    40: Patch(DGRAD, "rng=rng if spec.drop_y else None,", "rng=rng + 1 if spec.drop_y else None,", MASKS),
+    39: Patch(EPILOGUE, DROPPED, DROPPED.replace("keep, keep_low", "1.0, 0.0"), RANDOM),
+    40: Patch(DGRAD, "rng=rng if spec.drops else None,", "rng=rng + 1 if spec.drops else None,", MASKS),
     42: Patch(TILE, "propagate_nan=tl.PropagateNan.ALL", "propagate_nan=tl.PropagateNan.NONE",
               Check(VALUES, "nan_and_infinity and relu and float32")),
     43: Absent(BATTERY, "the interpreter keeps them; tests/backends on a GPU runs test_denormals_are_kept"),
     44: Absent(BATTERY, "the interpreter runs programs in order; on a GPU two runs have to be bit-equal"),
-    45: Patch(CONV, STORE_Y, STORE_Y.replace("mask=valid", "mask=rows[:, None] & (k <= COLS)[None, :]"),
+    45: Patch(EPILOGUE, STORE_Y, STORE_Y.replace("mask=valid", "mask=rows[:, None] & (k <= COLS)[None, :]"),
               Check(VALUES, "past_the_end")),
-    46: Patch(CONV, RESIDUAL, RESIDUAL + "\n        tl.store(residual + base + index, "
+    46: Patch(EPILOGUE, RESIDUAL, RESIDUAL + "\n        tl.store(residual + base + index, "
               "round_to(v, residual.dtype.element_ty), mask=valid)", Check(VALUES, "inputs_stay")),
     47: Absent(BATTERY, "one device and no streams here; on a GPU a side stream, and both devices of two"),
     48: Absent(NO_CODE, "the compiler places the barriers"),

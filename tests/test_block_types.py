@@ -209,20 +209,6 @@ def test_a_checkpoint_of_blocks_that_nobody_has_is_refused():
 
 
 def test_the_command_line_knows_block_types(capsys):
-    words = [
-        "verify",
-        "--block",
-        "B(1,3)",
-        "--depth",
-        "10",
-        "--width",
-        "1",
-        "--dtype",
-        "float64",
-        "--seeds",
-        "1",
-        "--steps",
-        "1",
-    ]
-    assert cli.main([*words, "--batch", "2"]) == 0
+    words = "verify --block B(1,3) --depth 10 --width 1 --dtype float64 --seeds 1 --steps 1 --batch 2"
+    assert cli.main(words.split()) == 0
     assert "block='B(1,3)'" in capsys.readouterr().out

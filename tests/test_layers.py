@@ -27,7 +27,7 @@ LAYERS = {
         "_build",
         "machine",
     },
-    1: {"kernels", "packing"},
+    1: {"kernels", "packing", "native"},
     2: {"backends"},
     3: {"dispatch"},
     4: {"ops", "autograd"},
@@ -64,7 +64,7 @@ OUTSIDERS = {
     "sklearn": {"demo"},
     "scipy": {"demo"},
 }
-MAY_ASK_THE_DEVICE = {"backends", "cli"}
+MAY_ASK_THE_DEVICE = {"backends", "cli", "native"}
 
 
 def module_files():
@@ -120,6 +120,8 @@ def test_imports_go_down(path):
     allowed = NARROW.get(here, allowed) | SIDEWAYS.get(here, set()) | {here}
     if here == "backends":
         allowed |= {"_cpu", "_cuda"}
+    if here == "native":
+        allowed |= {"_cpu"}
     if layer_of(here) == 7:
         allowed |= {"__init__"}
     for name, line in inside(path):

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from wrn_fast import packing
-from wrn_fast.backends import cpu
+from wrn_fast import native, packing
 from wrn_fast.functional import bn_act_conv
 
 
@@ -229,6 +228,6 @@ def test_kept_bytes_are_those_of_the_algorithms(monkeypatch):
     with torch.no_grad():
         model(x), model(x)
     floats = {row.shape: row.bytes // 4 for row in packing.report()}
-    width = {"avx512": 16, "avx2": 8, "portable": 4}[cpu.isa()]
+    width = {"avx512": 16, "avx2": 8, "portable": 4}[native.isa()]
     up = lambda n: -(-n // width) * width
     assert floats == {(16, 8, 3, 3): 36 * 8 * up(16), (24, 16, 3, 3): 9 * 16 * up(24), (24, 8, 1, 1): 8 * up(24)}

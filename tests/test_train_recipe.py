@@ -25,7 +25,7 @@ def without_seconds(history):
     return [{k: v for k, v in row.items() if k != "seconds"} for row in history]
 
 
-@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+@pytest.mark.parametrize("amp", ["off", "bf16", pytest.param("fp16", marks=pytest.mark.long)])
 def test_it_learns_and_its_files_load(amp, tmp_path):
     history = run(tmp_path, "--epochs", "3", "--amp", amp)
     assert [row["epoch"] for row in history] == [1, 2, 3] and history[-1]["loss"] < history[0]["loss"]
@@ -41,7 +41,7 @@ def test_it_learns_and_its_files_load(amp, tmp_path):
         assert right == max(row["average_accuracy"] for row in history)
 
 
-@pytest.mark.parametrize("amp", ["off", "fp16"])
+@pytest.mark.parametrize("amp", ["off", pytest.param("fp16", marks=pytest.mark.long)])
 def test_a_run_cut_short_goes_on_bit_for_bit(amp, tmp_path, monkeypatch):
     words = ("--epochs", "3", "--amp", amp)
     want = run(tmp_path / "whole", *words)

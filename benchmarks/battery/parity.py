@@ -14,7 +14,7 @@ from wrn_fast import dispatch, parity, tune
 from wrn_fast.backends import cuda, triton
 from wrn_fast.verify import verify
 
-PRIMITIVES = "tests/backends/test_primitives.py"
+PRIMITIVES = ("tests/backends/test_primitives.py", "tests/backends/test_masks.py")
 # (depth, width, batch) of the networks whose tiles are proved, and (depth, width) of those that run whole.
 NETWORKS = ((28, 10, 128), (28, 10, 1), (28, 2, 512), (16, 4, 512), (40, 2, 512))
 MODELS = ((16, 4), (28, 10))
@@ -26,6 +26,7 @@ def steps(dry: bool) -> dict[str, Callable[[float], Result]]:
         return {
             "integers WRN-10-1 fp32": partial(integers, (10, 1, 1), "fp32", "cpu"),
             "primitives float64": partial(primitives, "aten and channel_stats and float64"),
+            "integers of boxes": partial(special, "cpu"),
             "model WRN-10-1": partial(model, (10, 1), (torch.float64,), "cpu"),
         }
     found: dict[str, Callable[[float], Result]] = {"extensions": build}
@@ -36,6 +37,8 @@ def steps(dry: bool) -> dict[str, Callable[[float], Result]]:
             )
     for dtype in ("float32", "float16", "bfloat16"):
         found[f"primitives {dtype}"] = partial(primitives, f"triton and {dtype}")
+    found["integers of boxes"] = partial(special, "cuda")
+    found["e4m3 WRN-28-10"] = partial(eight_bits, (28, 10), "cuda")
     for network in MODELS:
         for name in (torch.float32, torch.bfloat16, torch.float16):
             label = str(name).removeprefix("torch.")
@@ -101,9 +104,31 @@ def integers(network: tuple[int, int, int], dtype: str, device: str, seconds: fl
     return result(OK, f"{len(tasks)} tiles exact")
 
 
+def special(device: str, seconds: float) -> Result:
+    """The self-check of tiles that the rule does not choose: boxes and e4m3."""
+    from benchmarks.battery.small import special_tiles
+
+    place = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+    wrong = special_tiles(place)
+    bad = [sentence for sentence in wrong if sentence]
+    return result(FAILED, bad[0]) if bad else result(OK if wrong else NOT_RUN, f"{len(wrong)} tiles exact")
+
+
+def eight_bits(network: tuple[int, int], device: str, seconds: float) -> Result:
+    """A network calibrated on normal images: how far its outputs in e4m3 are from those without."""
+    from wrn_fast.fp8 import calibrate
+
+    torch.manual_seed(0)
+    model = wrn_fast.classic(network[0], 10, network[1]).to(device).eval()
+    images = [torch.randn(64, 3, 32, 32, device=device) for _ in range(4)]
+    with wrn_fast.backend("triton"):
+        found = calibrate(model, images)
+    return result(OK if found.error < parity.MEANINGLESS else FAILED, str(found), ranges=found.ranges)
+
+
 def primitives(expression: str, seconds: float) -> Result:
     """Every primitive against float64, through the operators: the tests of the repository on this device."""
-    words = ["-m", "pytest", PRIMITIVES, "-k", expression, "-q", "--benchmark-disable", "--all-cases", "-p",
+    words = ["-m", "pytest", *PRIMITIVES, "-k", expression, "-q", "--benchmark-disable", "--all-cases", "-p",
              "no:cacheprovider"]  # fmt: skip
     return python(words, seconds, TRITON_INTERPRET="")
 

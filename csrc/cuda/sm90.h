@@ -26,6 +26,17 @@ struct Sm90Prologue {
   float slope = 0.f;
 };
 
+// How a call is launched.
+struct Sm90Launch {
+  // For small calls with fetch9: the reduction in `splits` pieces, see sm90_splits(). Scratch of sm90_partial_bytes();
+  // sm90_counters() numbers that are 0 before the call, and again after it.
+  int splits = 1;
+  float* partials = nullptr;
+  int* counters = nullptr;
+  // The kernel may start, and fetch filters, while the one before it on the stream ends: that one must not write them.
+  bool early = false;
+};
+
 // y = conv(prologue(x), w) [+ conv1x1(prologue_short(x_short), w_short)] [+ bias] [+ residual], rounded to dtype;
 // partial moments of y as stored; y_act = act_out(y * out_scale + out_shift) from y before it is rounded.
 struct Sm90Fprop {
@@ -57,14 +68,7 @@ struct Sm90Fprop {
   float* counts = nullptr;   // [parts]
   float* moments = nullptr;  // [parts][2][K]
 
-  // For small calls with fetch9: the reduction in `splits` pieces, see sm90_splits(). Scratch of sm90_partial_bytes();
-  // sm90_counters() numbers that are 0 before the call, and again after it.
-  int splits = 1;
-  float* partials = nullptr;
-  int* counters = nullptr;
-
-  // The kernel may start, and fetch filters, while the one before it on the stream ends: that one must not write them.
-  bool early = false;
+  Sm90Launch launch;
 };
 
 // g = conv_transpose(dy, w) * act'(v), v = x * scale + shift; partial sums of g and g * (x - mean) * rstd, g as stored.
@@ -81,14 +85,7 @@ struct Sm90Dgrad {
   void* g = nullptr;            // [N,H,W,C]
   float* sums = nullptr;        // [parts][2][C]; null: not wanted. Add in the order of the parts.
 
-  // For small calls with fetch9: the reduction in `splits` pieces, see sm90_splits(). Scratch of sm90_partial_bytes();
-  // sm90_counters() numbers that are 0 before the call, and again after it.
-  int splits = 1;
-  float* partials = nullptr;
-  int* counters = nullptr;
-
-  // The kernel may start, and fetch filters, while the one before it on the stream ends: that one must not write them.
-  bool early = false;
+  Sm90Launch launch;
 };
 
 // dw [K,R,S,C] fp32 = the gradient of y = conv(a, w) by w, a = prologue(x) made by the caller. Reduction split in a
@@ -116,11 +113,12 @@ int64_t sm90_counters(const ConvShape& shape, bool dgrad);
 
 // Packed filters. A filter [K][R][S][C] (dgrad: the same with C and K exchanged, `transpose`; taps keep their r and s)
 // becomes, in this order, [K / block_k][ceil(C / 64)][S][R] blocks of block_k rows x 128 bytes: one row a k, 64
-// channels, 16-byte columns XORed with k % 8 (TMA's 128-byte swizzle), zeros past C. sm90_packed_offset() in
+// channels, 16-byte columns XORed with k % 8 (TMA's 128-byte swizzle), zeros past C. sm90::packed_offset() in
 // sm90_index.h gives the byte of (k, r, s, c). Both tiles read the same image.
 int sm90_block_k(int64_t K);
 int64_t sm90_packed_bytes(int64_t K, int64_t C, int R, int S);
 
+// Bytes for a device with that many multiprocessors; the launcher takes those of the current device.
 int64_t sm90_wgrad_workspace(const ConvShape& shape, int multiprocessors);
 
 cudaError_t sm90_fprop(const Sm90Fprop& args, cudaStream_t stream);

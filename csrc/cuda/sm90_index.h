@@ -1,8 +1,8 @@
 // Every address, box, descriptor, mask, ring and schedule computation of the Hopper kernels, as constexpr functions
 // that kernels, launchers and tests share. tests/cuda checks them against brute force for every shipped configuration.
 //
-// Words: a tap is one filter position; a chunk is 64 channels of the reduction; a step is one fetch of activations; a
-// part is what one consumer warpgroup computes of a tile. A pixel tile's row i is its pixel i in (n, p, q) order.
+// Words: a tap is one filter position; a chunk is 64 channels of the reduction; a part is 64 pixels of a tile, for
+// which sums are written. A pixel tile's row i is its pixel i in (n, p, q) order.
 #pragma once
 
 #include <cstddef>
@@ -17,13 +17,13 @@
 namespace wrn_fast {
 namespace sm90 {
 
-constexpr int kChunk = 64;                // channels: 128 bytes, the widest swizzle
-constexpr int kRowBytes = 128;            // of one pixel or one filter in a chunk
-constexpr int kWarpgroup = 128;           // threads
-constexpr int kConsumers = 2;             // warpgroups
-constexpr int kThreads = 3 * kWarpgroup;  // producer warpgroup first
-constexpr int kTransformers = 64;   // threads of the producer warpgroup that apply the prologue: its last two warps
-constexpr int kSharedMax = 232448;  // bytes a block may have
+constexpr int kChunk = 64;                     // channels: 128 bytes, the widest swizzle
+constexpr int kRowBytes = 128;                 // of one pixel or one filter in a chunk
+constexpr int kWarpgroup = 128;                // threads
+constexpr int kConsumers = 2;                  // warpgroups
+constexpr int kThreads = 3 * kWarpgroup;       // producer warpgroup first
+constexpr int kTransformers = 64;              // last threads of the producer warpgroup: they apply the prologue
+constexpr int kSharedMax = 232448;             // bytes a block may have
 constexpr int kRegistersMax = 168 * kThreads;  // what the launch gives, to be shared out by setmaxnreg
 
 // Swizzles: XOR of address bits 4.. with bits 7.., the same in TMA and wgmma. The values are wgmma's codes.

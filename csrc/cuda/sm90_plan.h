@@ -133,15 +133,13 @@ inline int64_t split_blocks(const ConvShape& s, bool dgrad) {
 inline int64_t partial_bytes(const ConvShape& s, bool dgrad, int splits) {
   return splits > 1 ? split_blocks(s, dgrad) * splits * (block_k_of(dgrad ? s.C : s.K) / 2) * kWarpgroup * 4 : 0;
 }
-template <class Args>
-inline bool refuses_splits(const Args& a) {
-  return a.splits < 1 || (a.splits > 1 && (a.tile != Sm90Tile::fetch9 || !a.partials || !a.counters));
+inline bool refuses_launch(const Sm90Launch& l, Sm90Tile tile) {
+  return l.splits < 1 || (l.splits > 1 && (tile != Sm90Tile::fetch9 || !l.partials || !l.counters));
 }
-template <class Args>
-inline void take_split(ConvScalars& p, const Args& a) {
-  p.schedule.splits = a.splits;
-  p.partials = a.partials;
-  p.counters = a.counters;
+inline void take_launch(ConvScalars& p, const Sm90Launch& l) {
+  p.schedule.splits = l.splits;
+  p.partials = l.partials;
+  p.counters = l.counters;
 }
 
 // Why fprop or dgrad cannot be served, or null.
@@ -219,7 +217,7 @@ inline ConvParams<MapSpec> fprop_params(const Sm90Fprop& f) {
   const ConvShape& s = f.shape;
   ConvParams<MapSpec> p;
   p.schedule = schedule_for(s, false, f.tile);
-  take_split(p, f);
+  take_launch(p, f.launch);
   const PixelTile t = p.schedule.tile;
   p.out[0] = written(s, false);
   p.R = s.R;
@@ -262,7 +260,7 @@ inline ConvParams<MapSpec> dgrad_params(const Sm90Dgrad& d) {
   const ConvShape& s = d.shape;
   ConvParams<MapSpec> p;
   p.schedule = schedule_for(s, true, d.tile);
-  take_split(p, d);
+  take_launch(p, d.launch);
   const PixelTile t = p.schedule.tile;
   p.R = s.R;
   p.S = s.S;

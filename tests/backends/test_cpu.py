@@ -10,7 +10,7 @@ import pytest
 import torch
 from kernels import oracle
 
-from wrn_fast import parity
+from wrn_fast import WideResNet, backend, native, parity
 from wrn_fast.backends import aten, cpu
 from wrn_fast.precision import precision
 
@@ -144,7 +144,7 @@ def test_every_instruction_set(isa, request):
     """The tests above and below, in a process of their own with each kernel table."""
     if os.environ.get("WRN_FAST_ISA"):
         pytest.skip("this is that process")
-    if isa == cpu.isa():
+    if isa == native.isa():
         pytest.skip("the tests of this process run it")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider"]
     chosen = "oracle or integers or special or threads or (test_masks and cpu)"
@@ -282,6 +282,32 @@ def test_dropout_is_the_mask_of_every_backend(seed):
         assert torch.equal(y_act == 0, want_act == 0)
 
 
+def test_a_chain_keeps_its_activations_up_to_a_limit(seed, monkeypatch):
+    """The block is the calling thread's, and the next call's bits do not depend on what is left in it."""
+    model = WideResNet(10, 10, 1, 0.0).eval()
+    x = torch.randn(2, 3, 32, 32)
+    held = []
+    with torch.no_grad(), backend("cpu"):
+        want = model(x)[0]
+        for limit in (cpu.KEPT_BYTES, 0):
+            monkeypatch.setattr(cpu, "KEPT_BYTES", limit)
+            native.extension().scratch_release()
+            assert native.scratch_bytes() == 0
+            assert torch.equal(model(x)[0], want)
+            held.append(native.scratch_bytes())
+            assert torch.equal(model(x)[0], want) and native.scratch_bytes() == held[-1]
+    # inner activations and those of two blocks in turns, 2 x 16 x 32 x 32 float32 each
+    assert held[0] - held[1] >= 2 * 4 * 2 * 16 * 32 * 32
+
+
+@pytest.mark.parametrize("count", (1, 1 << 19, (1 << 20) + 3))
+def test_large_blocks_begin_on_huge_pages(count):
+    memory = native.floats(count)
+    assert memory.shape == (count,) and memory.dtype == torch.float32 and memory.is_contiguous()
+    assert memory.data_ptr() % (native.extension().HUGE_PAGE if 4 * count >= native.extension().HUGE_PAGE else 64) == 0
+    assert not memory.fill_(1.0).ne(1.0).any()
+
+
 def test_what_is_not_served():
     problem = oracle.draw(1, torch.float32).problem
     assert cpu.unsupported("fprop", problem) is None
@@ -293,7 +319,7 @@ def test_what_is_not_served():
 
 
 def test_an_unknown_instruction_set_is_a_reason():
-    code = "from wrn_fast.backends import cpu; print(cpu._load()[1])"
+    code = "from wrn_fast import native; print(native.load()[1])"
     result = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "WRN_FAST_ISA": "mmx"}, capture_output=True, text=True
     )

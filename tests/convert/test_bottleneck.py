@@ -11,7 +11,7 @@ from families import bottleneck
 from torch import nn
 
 import wrn_fast
-from wrn_fast import packing, parity
+from wrn_fast import WrnFastError, packing, parity
 from wrn_fast.convert import accelerate, report, restore, swap
 
 TREES = [bottleneck.Bottleneck, bottleneck.OtherNames]
@@ -172,6 +172,16 @@ def test_compiled_and_exported_models_are_the_users_own():
 
 def test_check_proves_it():
     accelerate(randomised(bottleneck.ResNet()), check=image(4))
+
+
+def test_verify_compares_it_with_the_users_own(served):
+    found = wrn_fast.verify(
+        accelerate(bottleneck.ResNet()), dtypes=(torch.float32,), steps=1, batch=2, size=64
+    )  # fmt: skip
+    assert found.ok, found
+    assert any(served) and "accelerate(" in found.settings["candidate"]
+    with pytest.raises(WrnFastError, match="expected the plain model to compare"):
+        wrn_fast.verify(bottleneck.ResNet())
 
 
 @pytest.mark.parametrize("name", ["LeakyBottleneck", "ScaledBottleneck", "NoLastActivation", "OtherInEval"])

@@ -137,6 +137,22 @@ def test_layout_out_is_layout_in(layout):
         assert seen[0] == seen[1]
 
 
+class NormalisedHead(family_x.WideResNet):
+    """Writes its head's weight anew in each forward, as heads of OOD detection do."""
+
+    def forward(self, x):
+        self.fc.weight.data = F.normalize(self.fc.weight.data, dim=1)
+        return super().forward(x)
+
+
+def test_a_head_that_rewrites_its_weight():
+    plain, fast = twins(randomised(NormalisedHead(10, 10, 1)).double())
+    for _ in range(2):
+        x = image()
+        assert_equal(observe(fast, x, True), observe(plain, x, True))
+        assert torch.equal(fast.fc.weight, plain.fc.weight)
+
+
 def test_frozen_layers_get_no_gradient():
     plain, fast = twins(net())
     for model in (plain, fast):

@@ -78,6 +78,7 @@ SPAWNED = """
 import multiprocessing, sys
 sys.path[:0] = {path!r}
 import torch
+from families import family_x
 from wrn_fast.block import FastBlock
 from wrn_fast.convert import accelerate
 
@@ -114,7 +115,7 @@ import sys
 sys.path[:0] = {path!r}
 import torch
 from torch.utils.data import DataLoader, Dataset
-import wrn_fast
+from families import family_x
 from wrn_fast.block import FastBlock
 from wrn_fast.convert import accelerate
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
-from cuda.host_run import ACTS, DTYPES, TILES, ConvShape, Dgrad, Fprop, Prologue, Tool, Wgrad, pointer
+from cuda.host_run import ACTS, DTYPES, TILES, ConvShape, Dgrad, Fprop, Launch, Prologue, Tool, Wgrad, pointer
 from torch import Tensor
 
 from wrn_fast import parity
@@ -208,7 +208,7 @@ def run_fprop(tool: Tool, c: Call) -> str | None:
     if c.want_sums:
         args.counts, args.moments = pointer(counts), pointer(moments)
     partials, counters = tool.scratch(c.shape, False, c.splits)
-    args.splits, args.partials, args.counters = c.splits, pointer(partials), pointer(counters)
+    args.launch = Launch(c.splits, pointer(partials), pointer(counters))
     wrong = tool.run("fprop", args, c.seed, c.blocks)
     if wrong:
         return wrong
@@ -236,7 +236,7 @@ def fprop_output(tool: Tool, c: Call, exact: dict[str, Tensor]) -> Tensor:
     args = Fprop(shape=c.shape, dtype=DTYPES[c.dtype], tile=TILES.index(c.tile), x=pointer(t["x"]))
     args.w, args.y = pointer(w), pointer(y)
     args.prologue = Prologue(pointer(t["scale"]), pointer(t["shift"]), ACTS.index(c.act), SLOPE)
-    args.splits = 1
+    args.launch = Launch(1)
     assert tool.run("fprop", args, c.seed, c.blocks) == ""
     return y
 
@@ -257,7 +257,7 @@ def run_dgrad(tool: Tool, c: Call) -> str | None:
     if c.want_sums:
         args.mean, args.rstd, args.sums = pointer(t["mean"]), pointer(t["rstd"]), pointer(sums)
     partials, counters = tool.scratch(c.shape, True, c.splits)
-    args.splits, args.partials, args.counters = c.splits, pointer(partials), pointer(counters)
+    args.launch = Launch(c.splits, pointer(partials), pointer(counters))
     wrong = tool.run("dgrad", args, c.seed, c.blocks)
     if wrong:
         return wrong

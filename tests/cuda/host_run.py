@@ -31,6 +31,10 @@ class Prologue(Structure):
     _fields_ = [("scale", c_void_p), ("shift", c_void_p), ("act", c_int32), ("slope", c_float)]
 
 
+class Launch(Structure):
+    _fields_ = [("splits", c_int32), ("partials", c_void_p), ("counters", c_void_p), ("early", c_bool)]
+
+
 class Fprop(Structure):
     _fields_ = [
         ("shape", ConvShape), ("dtype", c_int32), ("tile", c_int32), ("x", c_void_p), ("prologue", Prologue),
@@ -38,7 +42,7 @@ class Fprop(Structure):
         ("short_stride", c_int32), ("short_prologue", Prologue), ("w_short", c_void_p), ("bias", c_void_p),
         ("residual", c_void_p), ("y", c_void_p), ("y_act", c_void_p), ("act_out", c_int32), ("slope_out", c_float),
         ("out_scale", c_void_p), ("out_shift", c_void_p), ("counts", c_void_p), ("moments", c_void_p),
-        ("splits", c_int32), ("partials", c_void_p), ("counters", c_void_p), ("early", c_bool),
+        ("launch", Launch),
     ]  # fmt: skip
 
 
@@ -46,7 +50,7 @@ class Dgrad(Structure):
     _fields_ = [
         ("shape", ConvShape), ("dtype", c_int32), ("tile", c_int32), ("dy", c_void_p), ("w", c_void_p),
         ("x", c_void_p), ("prologue", Prologue), ("mean", c_void_p), ("rstd", c_void_p), ("g", c_void_p),
-        ("sums", c_void_p), ("splits", c_int32), ("partials", c_void_p), ("counters", c_void_p), ("early", c_bool),
+        ("sums", c_void_p), ("launch", Launch),
     ]  # fmt: skip
 
 

@@ -9,11 +9,12 @@ from cuda.conv_cases import Call
 # (file, right, wrong, what the report says)
 MISTAKES = {
     "a phase is flipped the wrong way": (
-        "sm90_conv.cuh", "M::kBFull + b.index), b.phase);", "M::kBFull + b.index), b.phase ^ 1);", "before the loads",
+        "sm90_conv.cuh", "M::kBFull + b.index), b.phase);", "M::kBFull + b.index), b.phase ^ 1);",
+        "before the loads|nobody wrote",
     ),
     "the producer does not wait for an empty buffer": (
         "sm90_conv.cuh", "hw::barrier_wait(base + M::barrier(M::kBEmpty + b.index), b.phase ^ 1);", "",
-        "overrun|may still",
+        "overrun|may still|write over",
     ),
     "a byte count is too high": (
         "sm90_conv.cuh", "hw::barrier_expect(filled, M::kBBytes);", "hw::barrier_expect(filled, M::kBBytes + 16);",
@@ -32,7 +33,7 @@ MISTAKES = {
         "sm90_conv.cuh", "if (elected && a_done >= 0)",
         "if (elected && a_done >= 0) hw::barrier_arrive(base + M::barrier(M::kAEmpty + a_done));"
         " if (elected && a_done >= 0)",
-        "overrun|may still|deadlock",
+        "overrun|may still|write over|deadlock",
     ),
     "the prologue is not made visible to wgmma": (
         "sm90_conv.cuh", "          hw::fence_async();\n", "", "without fence.proxy.async",
@@ -45,7 +46,7 @@ MISTAKES = {
     ),
     "a store leaves before all warps wrote": (
         "sm90_epilogue.cuh", "  hw::fence_async();\n  sync_consumer(consumer);\n", "  hw::fence_async();\n",
-        "nobody wrote|surely written|write over",
+        "nobody wrote|surely written|write over|may still read",
     ),
     "the products are not waited for": (
         "sm90_conv.cuh", "  hw::wgmma_wait<0>();\n", "", "may still|in flight|different wgmma|differ",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import signal
 import threading
@@ -15,7 +16,7 @@ import wrn_fast
 MOMENTS = 200
 
 on_main_thread = pytest.mark.skipif(
-    threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"),
+    threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_kill"),
     reason="signals reach the main thread",
 )
 
@@ -24,17 +25,38 @@ class Interrupted(KeyboardInterrupt):
     """Ours, so that a real Ctrl-C still ends the run."""
 
 
+class Interrupts:
+    """SIGUSR1 from a timer of another thread, as a terminal sends SIGINT; SIGALRM is pytest-timeout's."""
+
+    armed = False
+
+    def raise_it(self, *_):
+        if self.armed:
+            self.armed = False
+            raise Interrupted
+
+    @contextlib.contextmanager
+    def after(self, seconds):
+        """Interrupts the block so many seconds from now, unless it has ended."""
+        main = threading.main_thread().ident
+        timer = threading.Timer(seconds, lambda: self.armed and signal.pthread_kill(main, signal.SIGUSR1))
+        self.armed = True
+        timer.start()
+        try:
+            yield
+        finally:
+            self.armed = False
+            timer.cancel()
+            timer.join()
+
+
 @pytest.fixture
 def interrupts():
-    """A function that interrupts the main thread so many seconds later; 0 calls it off."""
-
-    def raise_it(*_):
-        raise Interrupted
-
-    before = signal.signal(signal.SIGALRM, raise_it)
-    yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds)
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, before)
+    """A source of interrupts."""
+    found = Interrupts()
+    before = signal.signal(signal.SIGUSR1, found.raise_it)
+    yield found
+    signal.signal(signal.SIGUSR1, before)
 
 
 def norms(model):
@@ -71,13 +93,10 @@ def test_an_interrupt_leaves_statistics_whole_and_the_next_step_right(interrupts
         model.load_state_dict(state)
         old = statistics(model)
         try:
-            interrupts(rng.uniform(1e-5, span))
-            step(model, x, y)
-            interrupts(0)
+            with interrupts.after(rng.uniform(1e-5, span)):
+                step(model, x, y)
         except Interrupted:
             hit += 1
-        finally:
-            interrupts(0)
         for now, was, moved in zip(statistics(model), old, after):
             mean, var = (torch.equal(now[i], moved[i]) for i in (0, 1))
             assert mean == var, "a running mean moved without its variance"

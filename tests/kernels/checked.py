@@ -34,8 +34,8 @@ def wrong_columns():
     """The second accumulator of fprop off by one: what a miscompiled chain of dots looks like."""
     right = fprop.fprop
 
-    def wrong(problem, config, *args):
-        y, *rest = right(problem, config, *args)
+    def wrong(problem, config, *args, **vectors):
+        y, *rest = right(problem, config, *args, **vectors)
         y[:, config.cols[0] :] += 1
         return (y, *rest)
 

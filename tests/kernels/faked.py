@@ -103,20 +103,6 @@ def forget() -> None:
         bound.kernel.device_caches.clear()
 
 
-def numbers_that_are_specialised() -> list[str]:
-    """Parameters of kernels that are neither tensors nor compile-time values, and that Triton would look at."""
-    found = []
-    for bound in kernels():
-        parameters = bound.kernel.params
-        assert [p.is_constexpr for p in parameters] == sorted(p.is_constexpr for p in parameters), bound.kernel
-        numbers = [p.name for p in parameters if p.do_not_specialize]
-        # Tensors come first, then numbers: the first number ends them.
-        left = [p.name for p in parameters if not p.is_constexpr and p.name not in numbers]
-        where = [p.name for p in parameters].index
-        found += [n for n in left if numbers and where(n) > where(numbers[0])]
-    return found
-
-
 def memory(problem: ConvProblem) -> dict[str, Tensor | None]:
     """Tensors of the CPU that fit the problem, uninitialised."""
     return {n: None if v is None else torch.empty_strided(v.shape, v.stride(), dtype=v.dtype)
@@ -184,7 +170,7 @@ def other_dtypes() -> Again:
 
 
 def patterns(seeds: list[int], choices: list[dict]) -> int:
-    """How many launches of random problems were looked at: what is None must follow from what is compiled in."""
+    """How many kernels random problems ask for: what is None follows from what is compiled in, numbers do not."""
     from unittest import mock
 
     from kernels import interpreted, oracle
@@ -194,7 +180,11 @@ def patterns(seeds: list[int], choices: list[dict]) -> int:
     known: dict[tuple, tuple] = {}
 
     def record(self, grid, tensors, numbers, constants, warps=4, stages=None):
-        absent = tuple(v is None for v in (*tensors, *numbers))
+        values = (*tensors, *numbers)
+        assert [p.is_constexpr for p in self.kernel.params] == [False] * len(values) + [True] * len(constants)
+        for parameter, v in zip(self.kernel.params, values):
+            assert not isinstance(v, int | float) or parameter.do_not_specialize, (self.kernel, parameter.name)
+        absent = tuple(v is None for v in values)
         assert known.setdefault((self.kernel.__name__, constants), absent) == absent, (self.kernel, constants)
 
     with mock.patch.object(Bound, "__call__", record):

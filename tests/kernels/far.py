@@ -151,7 +151,8 @@ def elementwise(op: str) -> bool:
         mock.patch.object(stats, "merge", lambda partial, *_: seen.append(partial)),
     ):
         stats.channel_stats(p, x)
-    block, tile_rows = stats.channel_block(WIDE), 16
+    block = stats.channel_block(WIDE)
+    tile_rows = min(8192 // block, rows * IMAGE)
     pivot, offset = seen[0][-1, :2, -block:].double()
     return _result((pivot + offset).float(), _pixels(tail(x, rows))[-tile_rows:, -block:].mean(0))
 

@@ -15,7 +15,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 OPS = "tests/test_ops.py"
-PRIMITIVES, EXACT, MASKS = (f"tests/backends/test_{name}.py" for name in ("primitives", "exact", "masks"))
+PRIMITIVES = "tests/backends/test_primitives.py"
+EXACT = "tests/backends/test_exact.py"
+MASKS = "tests/backends/test_masks.py"
 # About a minute each on one core.
 PIECES = {
     "opcheck of fprop": (OPS, "opcheck and fprop"),

@@ -11,16 +11,14 @@ on the number of threads.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from wrn_fast import masks, packing
-from wrn_fast._build import missing_extension_reason
+from wrn_fast.native import extension, floats, isa, load, threads
 from wrn_fast.precision import current, pinned
 from wrn_fast.problem import ConvProblem
 from wrn_fast.steps import NO_NORM, Step
@@ -28,54 +26,10 @@ from wrn_fast.steps import NO_NORM, Step
 NAME = "cpu"
 
 _DTYPES = (torch.float32, torch.bfloat16)
-# Elements below which a second thread costs more than it brings (a parallel region takes 2-3 us).
-_ONE_THREAD_BELOW = 1 << 14
 # A convolution does as many in the time that a pass takes for one element.
 _FLOPS_AN_ELEMENT = 64
 # A chain's activations beyond this are given back after the call.
 KEPT_BYTES = 64 << 20
-
-_in_child_of_fork = False
-
-
-def _after_fork() -> None:
-    """OpenMP's threads do not survive a fork, and a region that waits for them would hang: one thread from now on."""
-    global _in_child_of_fork
-    _in_child_of_fork = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
-@functools.cache
-def _load() -> tuple[ModuleType | None, str | None]:
-    """(the extension, None), or (None, the reason why it cannot be used)."""
-    try:
-        from wrn_fast import _cpu  # type: ignore[attr-defined]
-    except ImportError as error:
-        if "cannot import name" in str(error):
-            return None, missing_extension_reason("_cpu")
-        return None, f"extension _cpu cannot be loaded: {error}"
-    try:
-        _cpu.isa()
-    except ValueError as error:
-        return None, str(error)
-    return _cpu, None
-
-
-def _extension() -> Any:
-    extension, reason = _load()
-    if extension is None:
-        raise RuntimeError(reason)
-    return extension
-
-
-@functools.cache
-def isa() -> str | None:
-    """The instruction set of the extension (`wrn-fast info`); None where there is no extension."""
-    extension, _ = _load()
-    return None if extension is None else extension.isa()
 
 
 def unsupported(op: str, problem: ConvProblem) -> str | None:
@@ -86,9 +40,9 @@ def unsupported(op: str, problem: ConvProblem) -> str | None:
         return f"needs float32 or bfloat16, got {problem.dtype}"
     if problem.w_dtype not in _DTYPES:
         return f"needs float32 or bfloat16 filters, got {problem.w_dtype}"
-    extension, reason = _load()
-    if extension is not None and problem.R * problem.S > extension.MAX_TAPS:
-        return f"needs filters of at most {extension.MAX_TAPS} taps, got {problem.R}x{problem.S}"
+    module, reason = load()
+    if module is not None and problem.R * problem.S > module.MAX_TAPS:
+        return f"needs filters of at most {module.MAX_TAPS} taps, got {problem.R}x{problem.S}"
     return reason
 
 
@@ -102,11 +56,6 @@ def packed_bytes(problem: ConvProblem) -> int:
     return 4 * _plan(problem).packed_size(False)
 
 
-def scratch_bytes() -> int:
-    """Bytes of scratch and activations that the calling thread keeps."""
-    return _extension().scratch_bytes()
-
-
 def _plan(problem: ConvProblem) -> Any:
     """The problem's scalars on the C++ side, with the algorithms that the settings of this moment choose."""
     return _plan_for(problem, current(), pinned())
@@ -115,7 +64,7 @@ def _plan(problem: ConvProblem) -> Any:
 @functools.lru_cache(maxsize=1024)
 def _plan_for(problem: ConvProblem, exactness: str, pin: str) -> Any:
     left, right, top, bottom = problem.pad
-    return _extension().Plan(
+    return extension().Plan(
         bf16=problem.dtype == torch.bfloat16, N=problem.N, H=problem.H, W=problem.W, C=problem.C, K=problem.K,
         R=problem.R, S=problem.S, stride=problem.stride, pad_left=left, pad_right=right, pad_top=top,
         pad_bottom=bottom, act=problem.act, slope=problem.slope, eps=problem.eps, p=problem.p,
@@ -127,13 +76,6 @@ def _plan_for(problem: ConvProblem, exactness: str, pin: str) -> Any:
 
 def _conv_threads(problem: ConvProblem) -> int:
     return threads(problem.flops // _FLOPS_AN_ELEMENT)
-
-
-def threads(elements: int) -> int:
-    """How many threads a pass over `elements` may use: torch's setting, read at each call."""
-    if _in_child_of_fork or elements < _ONE_THREAD_BELOW:
-        return 1
-    return torch.get_num_threads()
 
 
 def _ptr(t: Tensor | None) -> int:
@@ -149,18 +91,6 @@ def _vector(t: Tensor | None) -> Tensor | None:
 
 def _new(problem: ConvProblem, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=problem.dtype, memory_format=torch.channels_last)
-
-
-def _floats(count: int) -> Tensor:
-    """[count] float32, on huge pages where it is large."""
-    page = _extension().HUGE_PAGE
-    if 4 * count < page:
-        return torch.empty(count)
-    whole = (4 * count + page - 1) // page * page
-    memory = torch.empty((whole + page) // 4)
-    memory = memory[-memory.data_ptr() % page // 4 :]
-    _extension().advise_huge_pages(memory.data_ptr(), whole)
-    return memory[:count]
 
 
 def _absent(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -191,14 +121,14 @@ def _sampling(count: int) -> tuple[int, int]:
 def _fingerprint(w: Tensor) -> int:
     count = w.numel()
     step, samples = _sampling(count)
-    return _extension().fingerprint(w.data_ptr(), count, w.element_size(), step, samples)
+    return extension().fingerprint(w.data_ptr(), count, w.element_size(), step, samples)
 
 
 def _packed(plan: Any, w: Tensor, for_dgrad: bool) -> Tensor | None:
     algo = plan.dgrad_algo if for_dgrad else plan.fprop_algo
 
     def make(w: Tensor) -> Tensor:
-        out = _floats(plan.packed_size(for_dgrad))
+        out = floats(plan.packed_size(for_dgrad))
         plan.pack(threads(out.numel()), for_dgrad, w.data_ptr(), _code(w), out.data_ptr())
         return out
 
@@ -207,7 +137,7 @@ def _packed(plan: Any, w: Tensor, for_dgrad: bool) -> Tensor | None:
 
 def _packed_short(plan: Any, w: Tensor) -> Tensor | None:
     def make(w: Tensor) -> Tensor:
-        out = _floats(plan.packed_size_short())
+        out = floats(plan.packed_size_short())
         plan.pack_short(threads(out.numel()), w.data_ptr(), _code(w), out.data_ptr())
         return out
 
@@ -215,7 +145,7 @@ def _packed_short(plan: Any, w: Tensor) -> Tensor | None:
 
 
 def _pointers(*values: int) -> Any:
-    return _extension().FpropPointers(*values)
+    return extension().FpropPointers(*values)
 
 
 def _halves(stats: Tensor | None) -> tuple[int, int]:
@@ -282,22 +212,22 @@ def fprop(
 def chain(x: Tensor, steps: Sequence[Step]) -> Tensor:
     """fprops in a row in one C++ call: the y of the last. Intermediate activations share one block of memory."""
     size = x.element_size()
-    floats: dict[int, int] = {}
+    sizes: dict[int, int] = {}
     for step in steps:
         problem = step.problem
         elements = problem.N * problem.P * problem.Q * problem.K
-        floats[step.y] = max(floats.get(step.y, 0), (elements * size + 63) // 64 * 16)
+        sizes[step.y] = max(sizes.get(step.y, 0), (elements * size + 63) // 64 * 16)
     last = steps[-1].problem
     y = _new(last, last.N, last.K, last.P, last.Q)
-    del floats[steps[-1].y]
+    del sizes[steps[-1].y]
     slots = {0: x.data_ptr(), steps[-1].y: y.data_ptr()}
-    count = sum(floats.values())
-    memory = _floats(count) if 4 * count > KEPT_BYTES else None
-    at = _extension().activations(4 * count) if memory is None else memory.data_ptr()
-    for slot, count in floats.items():
+    count = sum(sizes.values())
+    memory = floats(count) if 4 * count > KEPT_BYTES else None
+    at = extension().activations(4 * count) if memory is None else memory.data_ptr()
+    for slot, count in sizes.items():
         slots[slot] = at
         at += 4 * count
-    native, kept = _extension().Chain(), []
+    program, kept = extension().Chain(), []
     for step in steps:
         plan = _plan(step.problem)
         packed, packed_short = _packed(plan, step.w, False), None
@@ -309,7 +239,7 @@ def chain(x: Tensor, steps: Sequence[Step]) -> Tensor:
             short_H, short_W = short.image
             packed_short = _packed_short(plan, w_short)
         kept += [packed, packed_short]
-        native.add(
+        program.add(
             plan, _conv_threads(step.problem),
             _pointers(
                 slots[step.x], _ptr(step.w), _code(step.w), _ptr(packed), _ptr(norm.mean), _ptr(norm.var),
@@ -318,7 +248,7 @@ def chain(x: Tensor, steps: Sequence[Step]) -> Tensor:
                 _ptr(norm_short.gamma), _ptr(norm_short.beta), _ptr(step.rng), 0, 0, slots[step.y], 0, 0,
             ),
         )  # fmt: skip
-    native.run()
+    program.run()
     return y
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from wrn_fast import __version__, dispatch, machine, packing
+from wrn_fast import __version__, dispatch, machine, native, packing
 from wrn_fast._build import missing_extension_reason
 from wrn_fast.backends import cpu, cuda
 from wrn_fast.errors import WrnFastError
@@ -96,7 +96,7 @@ def gpus() -> list[dict[str, Any]]:
 
 def extensions() -> dict[str, str]:
     """Each extension: what it was built for, or why it is not there."""
-    found = {"_cpu": f"built, runs {cpu.isa()}" if cpu.isa() else missing_extension_reason("_cpu")}
+    found = {"_cpu": f"built, runs {native.isa()}" if native.isa() else missing_extension_reason("_cpu")}
     named = "not run on a GPU yet, so it serves only where WRN_FAST_BACKEND names cuda or a tuned row prefers it"
     return {**found, "_cuda": cuda.missing() or f"built; {named}"}
 
@@ -146,7 +146,7 @@ def _version(package: str) -> str | None:
 
 def memory(batch: int, depth: int, width: int) -> dict[str, Any]:
     """What float32 inference by the cpu backend holds beside the memory of plain PyTorch, in bytes."""
-    if cpu.isa() is None:
+    if native.isa() is None:
         return {}
     times = {"stem": 1, "first": 1, "stride 2": 1} | dict.fromkeys(("group 1", "group 2", "group 3"), depth // 3 - 2)
     one = layers(width)
@@ -158,7 +158,7 @@ def memory(batch: int, depth: int, width: int) -> dict[str, Any]:
     return {
         f"packed filters of WRN-{depth}-{width}": packed if packing.enabled() else 0,
         "activations kept at most": cpu.KEPT_BYTES,
-        "scratch held now": cpu.scratch_bytes(),
+        "scratch held now": native.scratch_bytes(),
     }
 
 
@@ -174,7 +174,7 @@ def gather(batch: int, depth: int, width: int) -> dict[str, Any]:
         },
         "cpu": {
             "name": machine.processor(torch.device("cpu")), "torch's": torch.backends.cpu.get_cpu_capability(),
-            "wrn_fast's": cpu.isa(), "threads": torch.get_num_threads(),
+            "wrn_fast's": native.isa(), "threads": torch.get_num_threads(),
         },
         "gpus": gpus(),
         "extensions": extensions(),

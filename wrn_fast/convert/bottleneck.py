@@ -179,7 +179,7 @@ def _run(pairs: list[Pair], x: Tensor) -> Tensor:
         [t for t in sources if t is not None], tuple(pair.bn.eps for pair in pairs), lambda: _fold(pairs)
     )
     scale1, shift1, scale2, shift2, bias, w3, *w_short = made
-    h = x
+    h = x = x.contiguous(memory_format=torch.channels_last)  # once for both of its readers
     for pair, scale, shift in ((pairs[0], scale1, shift1), (pairs[1], scale2, shift2)):
         h = bn_act_conv(
             h, pair.conv.weight, act="identity", stride=pair.conv.stride[0], pad=padding(pair.conv), act_out="relu",

@@ -14,8 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from wrn_fast import __version__, machine, parity
-from wrn_fast.backends import cpu
+from wrn_fast import __version__, machine, native, parity
 from wrn_fast.cli import info
 from wrn_fast.demo.compare import Agreement, Speed
 from wrn_fast.demo.train import Epoch
@@ -58,7 +57,7 @@ class Results:
 def describe(device: torch.device) -> dict[str, Any]:
     """What the demo runs on, with the backend of each operator for layers of WRN-28-10 in float32."""
     rows = [row for row in info.choices(device.type, batch=8) if row["dtype"] == "float32"]
-    isa = cpu.isa() if device.type == "cpu" else None
+    isa = native.isa() if device.type == "cpu" else None
     return {"wrn_fast": __version__, **machine.head(device), "isa": isa, "layers": rows}
 
 

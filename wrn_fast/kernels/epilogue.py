@@ -7,7 +7,7 @@ mask, `base_mask` (in bytes).
 import triton
 import triton.language as tl
 
-from wrn_fast.kernels.tile import act_bwd, act_fwd, affine_tile, drop, keep_tile, round_to, tile_stats
+from wrn_fast.kernels.tile import act_bwd, act_fwd, affine_tile, drop, keep_tile, round_to, sum_rows, tile_stats
 
 
 @triton.jit
@@ -102,5 +102,5 @@ def dgrad_columns(acc, tile, rows, pixel, base, base_mask, col, g, x_in, affine_
         rstd = tl.load(affine_in + 3 * COLS + k, mask=km, other=0.0)
         xhat = tl.where(valid, (xv - mean[None, :]) * rstd[None, :], 0.0)
         part = partial + tile.to(tl.int64) * (2 * COLS)
-        tl.store(part + k, tl.sum(v, 0), mask=km)
-        tl.store(part + COLS + k, tl.sum(v * xhat, 0), mask=km)
+        tl.store(part + k, sum_rows(v), mask=km)
+        tl.store(part + COLS + k, sum_rows(v * xhat), mask=km)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wrn_fast.kernels.bound import Bound
-from wrn_fast.kernels.tile import INTERPRETED, rsqrt, tile_stats, wide
+from wrn_fast.kernels.tile import rsqrt, sum_rows, tile_stats, wide
 from wrn_fast.problem import ConvProblem
 
 GROUP = 64  # tiles that one program merges
@@ -31,7 +31,7 @@ def _add_kernel(partial, out, tiles, CHANNELS: tl.constexpr, GROUP: tl.constexpr
     at = t.to(tl.int64)[:, None] * (2 * CHANNELS) + tl.program_id(2) * CHANNELS + c[None, :]
     v = tl.load(partial + at, mask=(t < tiles)[:, None] & (c < CHANNELS)[None, :], other=0.0)
     o = out + group.to(tl.int64) * (2 * CHANNELS) + tl.program_id(2) * CHANNELS + c
-    tl.store(o, tl.sum(v, 0), mask=c < CHANNELS)
+    tl.store(o, sum_rows(v), mask=c < CHANNELS)
 
 
 @Bound
@@ -53,9 +53,9 @@ def _merge_kernel(partial, out, tiles, total, tile_rows, CHANNELS: tl.constexpr,
     n = tl.sum(count, 0)
     start = tl.load(partial + group.to(tl.int64) * (GROUP * 3 * CHANNELS) + c, mask=m, other=0.0)
     d = tl.where(valid, pivot - start[None, :] + offset, 0.0)
-    mean = tl.sum(d * count[:, None], 0) / n
+    mean = sum_rows(d * count[:, None]) / n
     e = tl.where(valid, d - mean[None, :], 0.0)
-    squares = tl.sum(m2 + e * e * count[:, None], 0)
+    squares = sum_rows(m2 + e * e * count[:, None])
     if FINAL:
         tl.store(out + c, start + mean, mask=m)
         tl.store(out + CHANNELS + c, squares / n, mask=m)
@@ -128,8 +128,7 @@ def channel_stats(problem: ConvProblem, x: Tensor) -> Tensor:
     """[2, C]: mean and biased variance of x [N,C,H,W] over N, H, W."""
     rows = problem.N * problem.H * problem.W
     block_c = channel_block(problem.C)
-    # The interpreter adds the rows of a tile one after the other, a GPU as a tree.
-    block_rows = 16 if INTERPRETED else 8192 // block_c
+    block_rows = 8192 // block_c
     tiles = -(-rows // block_rows)
     partial = torch.empty((tiles, 3, problem.C), dtype=problem.stats_dtype, device=x.device)
     _channel_stats_kernel(

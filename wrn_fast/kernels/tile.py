@@ -194,15 +194,23 @@ def prologue(a, inside, c, affine, CHANNELS: tl.constexpr, BN: tl.constexpr, CEN
 
 
 @triton.jit
+def sum_rows(v):
+    """The sums of a tile's columns. A GPU adds as a tree; the interpreter row after row, so there in two levels."""
+    if EMULATED:
+        v = tl.sum(tl.reshape(v, (v.shape[0] // 16, 16, v.shape[1])), 1)
+    return tl.sum(v, 0)
+
+
+@triton.jit
 def tile_stats(v, rows, valid, WIDE: tl.constexpr):
     """(pivot, offset, M2) of the valid rows of a tile, a column: the rounded mean, what rounding cut off it, and the
     squared distances from the two together. At mean 1000 the pivot alone would cost the variance two digits.
     """
     count = tl.sum(rows.to(WIDE), 0)
-    pivot = tl.sum(tl.where(valid, v, 0.0), 0) / count
+    pivot = sum_rows(tl.where(valid, v, 0.0)) / count
     d = tl.where(valid, v - pivot[None, :], 0.0)
-    offset = tl.sum(d, 0) / count
-    return pivot, offset, tl.sum(d * d, 0) - count * offset * offset
+    offset = sum_rows(d) / count
+    return pivot, offset, sum_rows(d * d) - count * offset * offset
 
 
 def wide(dtype: torch.dtype):

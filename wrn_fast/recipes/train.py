@@ -160,10 +160,8 @@ class Run:
         self.parallel.train()
         total, began = torch.zeros((), device=self.device), time.perf_counter()
         for rows in order:
-            x, y = (
-                augment(split.train_x[rows], "digits" not in split.name and split.name != "SVHN"),
-                split.train_y[rows],
-            )
+            # a mirrored digit is another sign
+            x, y = augment(split.train_x[rows], split.name.startswith("CIFAR")), split.train_y[rows]
             with self.autocast():
                 loss = F.cross_entropy(self.parallel(x.contiguous(memory_format=torch.channels_last)), y)
             self.optimizer.zero_grad(set_to_none=True)

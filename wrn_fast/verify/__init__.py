@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from wrn_fast import machine, parity, random, reference
 from wrn_fast.block import FastBlock
 from wrn_fast.convert import restore
+from wrn_fast.convert.swap import Swapped
 from wrn_fast.errors import WrnFastError
 from wrn_fast.model import WideResNet
 from wrn_fast.precision import current
@@ -165,8 +166,7 @@ def reference_of(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, reference.WideResNet):
         plain = restore(copy.deepcopy(model))
-        fast = any(isinstance(m, FastBlock) for m in model.modules())
-        if not fast or any(isinstance(m, FastBlock) for m in plain.modules()):
+        if not _is_fast(model) or _is_fast(plain):
             raise WrnFastError(f"`b`: expected the plain model to compare a {type(model).__name__} with, got None")
         return plain
     block: Any = model.block1.layer[0]
@@ -178,6 +178,11 @@ def reference_of(model: nn.Module) -> nn.Module:
     for name, parameter in built.named_parameters():
         parameter.requires_grad_(model.get_parameter(name).requires_grad)
     return built.train(model.training)
+
+
+def _is_fast(model: nn.Module) -> bool:
+    """Is something in it computed by this package?"""
+    return any(isinstance(m, (FastBlock, Swapped)) for m in model.modules())
 
 
 def _depth(model: reference.WideResNet) -> int:
@@ -192,7 +197,7 @@ def _title(model: nn.Module) -> str:
         shape = _depth(model), model.fc.out_features, model.nChannels // 64, block.droprate
         kind = f", block={model.block!r}" if model.block != reference.BLOCKS[0] else ""
         text += f"({', '.join(map(str, shape))}, head={model.head!r}, act={_ACTS[type(block.relu1)]!r}{kind})"
-    if isinstance(model, WideResNet) or not any(isinstance(m, FastBlock) for m in model.modules()):
+    if isinstance(model, WideResNet) or not _is_fast(model):
         return text
     return f"accelerate({text})"
 
