@@ -39,7 +39,7 @@ struct Sm90Launch {
 
 // y = conv(prologue(x), w) [+ conv1x1(prologue_short(x_short), w_short)] [+ bias] [+ residual], rounded to dtype;
 // partial moments of y as stored; y_act = act_out(y * out_scale + out_shift) from y before it is rounded.
-struct Sm90Fprop {
+struct Sm90Fprop : Sm90Launch {
   ConvShape shape;
   DType dtype = DType::bf16;  // bf16 or f16, of every activation and of the packed filters
   Sm90Tile tile = Sm90Tile::fetch9;
@@ -67,12 +67,10 @@ struct Sm90Fprop {
   // sum of squared distances from it moments[i][1][k]. A part may be empty (count 0, both 0). Merge in the order of i.
   float* counts = nullptr;   // [parts]
   float* moments = nullptr;  // [parts][2][K]
-
-  Sm90Launch launch;
 };
 
 // g = conv_transpose(dy, w) * act'(v), v = x * scale + shift; partial sums of g and g * (x - mean) * rstd, g as stored.
-struct Sm90Dgrad {
+struct Sm90Dgrad : Sm90Launch {
   ConvShape shape;  // of the forward call: x [N,H,W,C], dy [N,P,Q,K]
   DType dtype = DType::bf16;
   Sm90Tile tile = Sm90Tile::fetch9;
@@ -84,8 +82,6 @@ struct Sm90Dgrad {
   const float* rstd = nullptr;  // [C]; needed for sums
   void* g = nullptr;            // [N,H,W,C]
   float* sums = nullptr;        // [parts][2][C]; null: not wanted. Add in the order of the parts.
-
-  Sm90Launch launch;
 };
 
 // dw [K,R,S,C] fp32 = the gradient of y = conv(a, w) by w, a = prologue(x) made by the caller. Reduction split in a

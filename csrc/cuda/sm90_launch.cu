@@ -57,19 +57,19 @@ int64_t sm90_packed_bytes(int64_t K, int64_t C, int R, int S) {
 }
 
 cudaError_t sm90_fprop(const Sm90Fprop& f, cudaStream_t stream) {
-  if (refuses("fprop", f.shape, f.dtype, f.tile) || refuses_launch(f.launch, f.tile)) return cudaErrorInvalidValue;
+  if (refuses("fprop", f.shape, f.dtype, f.tile) || refuses_launch(f, f.tile)) return cudaErrorInvalidValue;
   const int block_k = block_k_of(f.shape.K);
   const bool shift3 = f.tile == Sm90Tile::shift3;
   return launch(fprop_params(f), f.dtype, (shift3 ? fprop_shift3 : fprop_fetch9)(block_k, f.dtype),
-                shared_bytes_of(block_k, f.tile), f.launch.early, stream);
+                shared_bytes_of(block_k, f.tile), f.early, stream);
 }
 
 cudaError_t sm90_dgrad(const Sm90Dgrad& d, cudaStream_t stream) {
-  if (refuses("dgrad", d.shape, d.dtype, d.tile) || refuses_launch(d.launch, d.tile)) return cudaErrorInvalidValue;
+  if (refuses("dgrad", d.shape, d.dtype, d.tile) || refuses_launch(d, d.tile)) return cudaErrorInvalidValue;
   const int block_k = block_k_of(d.shape.C);
   const bool shift3 = d.tile == Sm90Tile::shift3;
   return launch(dgrad_params(d), d.dtype, (shift3 ? dgrad_shift3 : dgrad_fetch9)(block_k, d.dtype),
-                shared_bytes_of(block_k, d.tile), d.launch.early, stream);
+                shared_bytes_of(block_k, d.tile), d.early, stream);
 }
 
 }  // namespace wrn_fast

@@ -217,7 +217,7 @@ inline ConvParams<MapSpec> fprop_params(const Sm90Fprop& f) {
   const ConvShape& s = f.shape;
   ConvParams<MapSpec> p;
   p.schedule = schedule_for(s, false, f.tile);
-  take_launch(p, f.launch);
+  take_launch(p, f);
   const PixelTile t = p.schedule.tile;
   p.out[0] = written(s, false);
   p.R = s.R;
@@ -260,7 +260,7 @@ inline ConvParams<MapSpec> dgrad_params(const Sm90Dgrad& d) {
   const ConvShape& s = d.shape;
   ConvParams<MapSpec> p;
   p.schedule = schedule_for(s, true, d.tile);
-  take_launch(p, d.launch);
+  take_launch(p, d);
   const PixelTile t = p.schedule.tile;
   p.R = s.R;
   p.S = s.S;
