@@ -37,7 +37,8 @@ class Launch(Structure):
 
 class Fprop(Structure):
     _fields_ = [
-        ("launch", Launch), ("shape", ConvShape), ("dtype", c_int32), ("tile", c_int32), ("x", c_void_p), ("prologue", Prologue),
+        ("launch", Launch),
+        ("shape", ConvShape), ("dtype", c_int32), ("tile", c_int32), ("x", c_void_p), ("prologue", Prologue),
         ("w", c_void_p), ("x_short", c_void_p), ("short_H", c_int64), ("short_W", c_int64), ("short_C", c_int64),
         ("short_stride", c_int32), ("short_prologue", Prologue), ("w_short", c_void_p), ("bias", c_void_p),
         ("residual", c_void_p), ("y", c_void_p), ("y_act", c_void_p), ("act_out", c_int32), ("slope_out", c_float),
@@ -47,7 +48,8 @@ class Fprop(Structure):
 
 class Dgrad(Structure):
     _fields_ = [
-        ("launch", Launch), ("shape", ConvShape), ("dtype", c_int32), ("tile", c_int32), ("dy", c_void_p), ("w", c_void_p),
+        ("launch", Launch),
+        ("shape", ConvShape), ("dtype", c_int32), ("tile", c_int32), ("dy", c_void_p), ("w", c_void_p),
         ("x", c_void_p), ("prologue", Prologue), ("mean", c_void_p), ("rstd", c_void_p), ("g", c_void_p),
         ("sums", c_void_p),
     ]  # fmt: skip
