@@ -213,7 +213,7 @@ def run_fprop(tool: Tool, c: Call) -> str | None:
     if wrong:
         return wrong
     want, want_act = fprop_oracle(c, exact)
-    checks = []
+    checks = [("counters", "are not 0 again" if counters.any() else None)]
     eager, eager_act = fprop_oracle(c, exact, rounded=True)
     if c.want_y:
         checks.append(("y", differ(y, want) if c.act != "silu" else near(y, want, eager)))
@@ -262,7 +262,8 @@ def run_dgrad(tool: Tool, c: Call) -> str | None:
     if wrong:
         return wrong
     want = dgrad_oracle(c, exact)
-    checks = [("g", near(g, want, want) if c.act == "silu" else differ(g, want))]
+    checks = [("counters", "are not 0 again" if counters.any() else None)]
+    checks.append(("g", near(g, want, want) if c.act == "silu" else differ(g, want)))
     if c.want_sums:
         stored, xhat = g.double().flatten(0, 2), ((exact["x"] - exact["mean"]) * exact["rstd"]).flatten(0, 2)
         for i, (name, v) in enumerate((("sum of g", stored), ("sum of g xhat", stored * xhat))):

@@ -10,7 +10,7 @@ from cuda.conv_cases import Call
 MISTAKES = {
     "a phase is flipped the wrong way": (
         "sm90_conv.cuh", "M::kBFull + b.index), b.phase);", "M::kBFull + b.index), b.phase ^ 1);",
-        "before the loads|nobody wrote",
+        "before the loads|nobody wrote|deadlock",
     ),
     "the producer does not wait for an empty buffer": (
         "sm90_conv.cuh", "hw::barrier_wait(base + M::barrier(M::kBEmpty + b.index), b.phase ^ 1);", "",
@@ -31,8 +31,8 @@ MISTAKES = {
     ),
     "a buffer goes back twice": (
         "sm90_conv.cuh", "if (elected && a_done >= 0)",
-        "if (elected && a_done >= 0) hw::barrier_arrive(base + M::barrier(M::kAEmpty + a_done));"
-        " if (elected && a_done >= 0)",
+        "if (elected && a_done >= 0) hw::barrier_arrive(base + M::barrier(M::kAEmpty + a_done));\n"
+        "    if (elected && a_done >= 0)",
         "overrun|may still|write over|deadlock",
     ),
     "the prologue is not made visible to wgmma": (
@@ -52,7 +52,7 @@ MISTAKES = {
         "sm90_conv.cuh", "  hw::wgmma_wait<0>();\n", "", "may still|in flight|different wgmma|differ",
     ),
     "the prologue forgets the border": (
-        "sm90_conv.cuh", "v.word[i] = in ? ", "v.word[i] = true ? ", "values differ",
+        "sm90_conv.cuh", "v.word[i] = in ? ", "v.word[i] = in || true ? ", "values differ",
     ),
     "a descriptor starts one image row off": (
         "sm90_index.h", "return offset_of(a, i) - lowest_offset(a);",
