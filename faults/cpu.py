@@ -70,7 +70,7 @@ PATCHES: dict[int, Patch | Absent] = {
              SHORT),
     10: Patch(WINOGRAD_FILE, "t.pixel = pixel(strip, j);",
               "t.pixel = pixel(strip, tiles > 2 && j + 3 > tiles && j + 1 < tiles ? 2 * tiles - 5 - j : j);",
-              Check(EXACT, "integers_are_exact and cpu-fprop and fast")),
+              Check(EXACT, "integers_are_exact and cpu-fprop and f4")),
     11: Patch(PLAN, "    args.short_prologue = affine_short.prologue;\n", "", SHORT),
     12: Patch(EPILOGUE, RESIDUAL, "if (RESIDUAL) v += max(zero(), load_upto(residual + at, n));", DIRECT),
     13: Patch(EPILOGUE, RESIDUAL, "if (RESIDUAL && n == VL) v += load_upto(residual + at, n);", DIRECT),
