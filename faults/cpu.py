@@ -70,7 +70,7 @@ PATCHES: dict[int, Patch | Absent] = {
              SHORT),
     10: Patch(WINOGRAD_FILE, "t.pixel = pixel(strip, j);",
               "t.pixel = pixel(strip, tiles > 2 && j + 3 > tiles && j + 1 < tiles ? 2 * tiles - 5 - j : j);",
-              Check(EXACT, "integers_are_exact and cpu-fprop and fast")),
+              Check(EXACT, "integers_are_exact and cpu-fprop and f4")),
     11: Patch(PLAN, "    args.short_prologue = affine_short.prologue;\n", "", SHORT),
     12: Patch(EPILOGUE, RESIDUAL, "if (RESIDUAL) v += max(zero(), load_upto(residual + at, n));", DIRECT),
     13: Patch(EPILOGUE, RESIDUAL, "if (RESIDUAL && n == VL) v += load_upto(residual + at, n);", DIRECT),
@@ -125,7 +125,7 @@ PATCHES: dict[int, Patch | Absent] = {
               Check("tests/test_layers.py", "floating_point_mode")),
     44: Patch(GEMM_FILE, "const Segment& g = segments[s];",
               "static int calls = 0;\n    const Segment& g = segments[s == 0 ? calls++ % n_segments : "
-              "s == (calls - 1) % n_segments ? 0 : s];", Check(EXACT, "bits_do_not_depend and cpu-fprop")),
+              "s == (calls - 1) % n_segments ? 0 : s];", Check(CPU, "bits_do_not_depend and direct")),
     45: Patch(EPILOGUE, STORE_Y, STORE_Y + "\n      if (y && at + n == e.fprop->shape.N * e.fprop->shape.P * "
               "e.fprop->shape.Q * e.channels) y[at + n] = T();", GUARDS),
     46: Patch(EPILOGUE, RESIDUAL, RESIDUAL + "\n      if (RESIDUAL) store_upto(const_cast<T*>(residual) + at, v, n);",

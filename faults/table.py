@@ -60,11 +60,11 @@ def text_of(found: dict[str, Any], fault: int, backend: str) -> str:
         name = result["by"].split("::")[-1].replace("|", "\\|")
         return f"{result['state']}: `{name}`" if "::" in result["by"] else f"{result['state']}: {result['by']}"
     if backend == "all":
-        return "not run" if fault in shared.PATCHES else ""
+        return "not run yet" if fault in shared.PATCHES else ""
     if fault in shared.PATCHES:
         return "see all"
     planted = entry(fault, backend)
-    return f"{planted.state}: {planted.reason}" if isinstance(planted, Absent) else "not run"
+    return f"{planted.state}: {planted.reason}" if isinstance(planted, Absent) else "not run yet"
 
 
 def render() -> None:
