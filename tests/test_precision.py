@@ -51,7 +51,8 @@ def test_the_pin(monkeypatch, value, pinned):
 
 def test_an_unknown_pin(monkeypatch):
     monkeypatch.setenv("WRN_FAST_PIN_ALGO", "f6")
-    with pytest.raises(WrnFastError, match="`WRN_FAST_PIN_ALGO`: expected one of 0, 1, f4, f2, direct, measured, got 'f6'"):
+    said = "`WRN_FAST_PIN_ALGO`: expected one of 0, 1, f4, f2, direct, measured, got 'f6'"
+    with pytest.raises(WrnFastError, match=said):
         pinned_algorithm()
 
 
