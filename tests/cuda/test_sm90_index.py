@@ -9,7 +9,7 @@ from cuda import host_run
 
 def run(folder, csrc):
     program = folder / "index_check"
-    include = [f"-I{csrc}", f"-I{host_run.cuda_headers()}"]
+    include = [f"-I{csrc}", f"-I{host_run.STUB}"]
     sources = [str(host_run.HERE / name) for name in ("index_check.cpp", "index_check_plan.cpp")]
     command = [host_run.compiler(), "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", *include, *sources]
     built = subprocess.run([*command, "-o", str(program)], capture_output=True, text=True)
