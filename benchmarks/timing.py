@@ -27,6 +27,8 @@ MAX_REPS = 40
 WARMUP = 2
 MIN_SAMPLE_S = 0.01
 MAX_INNER = 200
+# The threads of some engines spin on after a run, on cores that the next variant needs.
+SETTLE_S = 0.1
 
 
 class Runnable(Protocol):
@@ -150,6 +152,7 @@ def interleave(
         draw.shuffle(order)
         for name in order:
             tick(name)
+            time.sleep(SETTLE_S)
             samples[name].append(clock.sample(runnables[name], inner[name]))
     return {name: Times(tuple(values)) for name, values in samples.items()}
 
