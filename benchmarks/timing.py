@@ -27,8 +27,8 @@ MAX_REPS = 40
 WARMUP = 2
 MIN_SAMPLE_S = 0.01
 MAX_INNER = 200
-# The threads of some engines spin on after a run, on cores that the next variant needs.
-SETTLE_S = 0.1
+# Shorter runs come after an untimed one of their own: the threads of some engines spin on for a while after theirs.
+SHORT_S = 0.25
 
 
 class Runnable(Protocol):
@@ -138,13 +138,15 @@ def interleave(
         tick: called with a variant's name before each of its samples.
         seed: of the order in the rounds.
     """
-    inner, expected = {}, 0.0
+    inner, short, expected = {}, set(), 0.0
     for name, runnable in runnables.items():
         tick(name)
         for _ in range(WARMUP):
             one = clock.sample(runnable, 1)
         inner[name] = max(1, min(MAX_INNER, math.ceil(MIN_SAMPLE_S / max(one, 1e-9))))
         expected += one * inner[name]
+        if one < SHORT_S:
+            short.add(name)
     rounds = max(reps, min(MAX_REPS, int(budget_s / max(expected, 1e-9))))
     samples: dict[str, list[float]] = {name: [] for name in runnables}
     order, draw = list(runnables), random.Random(seed)
@@ -152,7 +154,8 @@ def interleave(
         draw.shuffle(order)
         for name in order:
             tick(name)
-            time.sleep(SETTLE_S)
+            if name in short:
+                clock.sample(runnables[name], 1)
             samples[name].append(clock.sample(runnables[name], inner[name]))
     return {name: Times(tuple(values)) for name, values in samples.items()}
 
