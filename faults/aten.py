@@ -100,8 +100,7 @@ PATCHES: dict[int, Patch | Absent] = {
     33: planted("        g = act_backward(g, v,", "        g = act_backward(g, x.to(wide),", INTEGERS_DGRAD),
     34: planted("v = v - channel(sums_g[0] / m) - xhat", "v = v - xhat", BATCH_NORM),
     35: planted(" - xhat * channel(sums_g[1] / m)", "", BATCH_NORM),
-    36: planted("dy, a, w.to(problem.compute_dtype), None,", "dy, a, w.to(problem.compute_dtype).flip(2, 3), None,",
-              INTEGERS_DGRAD),
+    36: planted("a.to(dtype), w.to(dtype), None,", "a.to(dtype), w.to(dtype).flip(2, 3), None,", INTEGERS_DGRAD),
     37: planted(
         "    a = _source(problem, x, stats, gamma, beta, rng)\n    w = a.new_empty",
         "    a = x.to(problem.compute_dtype)\n    w = a.new_empty",

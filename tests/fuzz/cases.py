@@ -178,7 +178,7 @@ class Wanted:
     sizes: dict[str, Tensor]
     bn: nn.BatchNorm2d
     at_a_kink: bool
-    overflows: bool  # may the activation pass what its dtype can hold?
+    overflows: bool  # may an activation, a sum or a gradient pass what the dtype can hold?
 
 
 def wanted(choice: Choice) -> Wanted:
@@ -231,7 +231,8 @@ def wanted(choice: Choice) -> Wanted:
     rounded = choice.data != "integer" or choice.norm != "none"
     near = bool((v.detach().abs() <= KINK_UNITS * unit * terms).any())
     at_a_kink = rounded and near and choice.act in ("relu", "leaky_relu")
-    return Wanted(values, sizes, bn, at_a_kink, bool((terms * before).max() > torch.finfo(low).max))
+    largest = max(v.max().item() for v in (terms * before, *sizes.values()) if v.numel())
+    return Wanted(values, sizes, bn, at_a_kink, largest > torch.finfo(low).max)
 
 
 def _gradient_sizes(

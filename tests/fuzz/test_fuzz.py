@@ -68,6 +68,7 @@ FOUND = [
     ("aten", cases.Choice(c=16, h=1, w=1, stride=2, norm="none", dtype="bfloat16", grads=2)),
     ("aten", cases.Choice(c=3, k=4, h=5, w=1, stride=2, norm="none", dtype="bfloat16", grads=2)),
     ("aten", cases.Choice(seed=7, n=3, c=15, h=1, w=1, p=0.999, norm="none", dtype="float16", grads=0, data="mean")),
+    ("aten", cases.Choice(n=9, c=1, k=7, h=3, w=17, norm="none", p=0.3, dtype="float16", grads=2, data="mean")),
     (
         "cpu",
         cases.Choice(
