@@ -88,8 +88,8 @@ def test_boxes_are_loaded_by_the_tensor_memory_accelerator():
     assert set(found) == {name for name, case in CASES.items() if case.box} and min(found.values()) >= 3
 
 
-# Instructions issued a clock of the tensor cores in the main loop, at most: what is written in TRITON.md's terms as
-# "issue". Beyond 1 the tensor cores must starve, near 0.7 they may.
+# Instructions issued a clock of the tensor cores in the main loop, at most. Beyond 1 the tensor cores must starve, near
+# 0.7 they may.
 ISSUE = {
     "sm_90 bf16 n128 160 conv1": 0.70, "sm_90 bf16 n128 160 eval": 0.70, "sm_90 bf16 n128 160 dgrad": 0.72,
     "sm_90 bf16 n128 160 wgrad": 0.78, "sm_90 bf16 n128 320 conv1": 0.65, "sm_90 bf16 n128 320 eval": 0.30,
