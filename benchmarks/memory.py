@@ -32,7 +32,7 @@ DROP_RATES = (0.0, 0.1)
 
 
 def saved_bytes(forward: Callable[[], Any], module: nn.Module) -> int:
-    """Bytes that autograd keeps after `forward` for the backward pass.
+    """Bytes that autograd keeps after `forward` for the backward pass; also of tensors on meta, where only sizes are.
 
     Args:
         forward: a call that records a graph; its result is held while the bytes are counted.
@@ -41,15 +41,15 @@ def saved_bytes(forward: Callable[[], Any], module: nn.Module) -> int:
     storages: dict[int, torch.UntypedStorage] = {}
 
     def pack(saved: Tensor) -> Tensor:
-        # The storage itself is held, so that no other tensor can come to lie at its address.
+        # The storage itself is held, so that no other can come to lie at its address.
         storage = saved.untyped_storage()
-        storages[storage.data_ptr()] = storage
+        storages[storage._cdata] = storage
         return saved
 
     with saved_tensors_hooks(pack, lambda saved: saved):
         result = forward()
     for p in module.parameters():
-        storages.pop(p.untyped_storage().data_ptr(), None)
+        storages.pop(p.untyped_storage()._cdata, None)
     total = sum(storage.nbytes() for storage in storages.values())
     del result
     return total

@@ -54,6 +54,27 @@ struct ConvShape {
   int pad_left = 0, pad_right = 0, pad_top = 0, pad_bottom = 0;
 };
 
+// static: an inline function that objects of several instruction sets share would be merged by the linker.
+static inline ConvShape conv_shape(int64_t N, int64_t H, int64_t W, int64_t C, int64_t K, int R, int S, int stride,
+                                   int pad_left, int pad_right, int pad_top, int pad_bottom) {
+  ConvShape s;
+  s.N = N;
+  s.H = H;
+  s.W = W;
+  s.C = C;
+  s.K = K;
+  s.P = (H + pad_top + pad_bottom - R) / stride + 1;
+  s.Q = (W + pad_left + pad_right - S) / stride + 1;
+  s.R = R;
+  s.S = S;
+  s.stride = stride;
+  s.pad_left = pad_left;
+  s.pad_right = pad_right;
+  s.pad_top = pad_top;
+  s.pad_bottom = pad_bottom;
+  return s;
+}
+
 // y = conv(prologue(x), w) [+ bias] [+ conv1x1(prologue_s(x_short), w_short)] [+ residual], then dropout, then the
 // per-channel statistics of y as stored, then y_act = act_out(y * out_scale + out_shift).
 struct FpropArgs {

@@ -37,7 +37,7 @@ SCALE = "a.scale[c] = real && p.scale ? p.scale[c] : 1.f;"
 SHIFT = "a.shift[c] = real && p.shift ? p.shift[c] : 0.f;"
 OPERAND = "const Vec av = broadcast(a[offset[m] + k]);"
 STORE_Y = "if (!RARE || y) store_upto(y + at, v, n);"
-DGRAD_DROPOUT = "DropAt::prologue);\n  args.rstd"
+DGRAD_DROPOUT = "DropAt::prologue);\n  args.g = at"
 RELU_GRAD = "v = select(less_equal(pre, zero()), zero(), v);"
 ROTATED = (
     "const void* last = offset(w.data, w.dtype, (R - 1) * w.stride_r + (S - 1) * w.stride_s);\n"
@@ -116,8 +116,8 @@ PATCHES: dict[int, Patch | Absent] = {
               "  args.x = at<const void>(x);", INTEGERS_WGRAD),
     38: Patch(EPILOGUE, "      second[c] += static_cast<double>(record[2 * e.padded + c])",
               "      if (s + 1 < e.strips)\n      second[c] += static_cast<double>(record[2 * e.padded + c])", SUMS),
-    39: Patch(PLAN, DGRAD_DROPOUT, "DropAt::prologue);\n  args.prologue.dropout.scale = 1.f;\n  args.rstd", MASKS),
-    40: Patch(PLAN, DGRAD_DROPOUT, "DropAt::prologue);\n  args.prologue.dropout.offset += 1;\n  args.rstd", MASKS),
+    39: Patch(PLAN, DGRAD_DROPOUT, "DropAt::prologue);\n  args.prologue.dropout.scale = 1.f;\n  args.g = at", MASKS),
+    40: Patch(PLAN, DGRAD_DROPOUT, "DropAt::prologue);\n  args.prologue.dropout.offset += 1;\n  args.g = at", MASKS),
     42: Patch("csrc/cpu/act.h", "return max(zero(), v);", "return max(v, zero());",
               Check(EXACT, "nan_and_infinity and cpu-relu-nan"), ("winograd_input.cpp", "direct_fill.cpp")),
     43: Patch("csrc/cpu/isa.cpp", "const Kernels& choose() {\n",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import operator_cases as cases
 import pytest
 import torch
 from operator_cases import MODES, build, close
 
 import wrn_fast
+from benchmarks.memory import saved_bytes
 from wrn_fast import masks, parity, reference
 
 pytestmark = pytest.mark.filterwarnings("ignore::wrn_fast.FallbackWarning")
@@ -99,19 +102,7 @@ def test_saved_bytes_of_a_frozen_model_are_at_most_an_eighth(kind):
         with torch.device("meta"):
             model = getattr(home, kind)(28, 10, 10).eval().requires_grad_(False)
             x = torch.randn(16, 3, 32, 32).contiguous(memory_format=torch.channels_last).requires_grad_()
-        own = {id(t) for t in (*model.parameters(), *model.buffers())}
-        storages = {}
-
-        def pack(t, own=own, storages=storages):
-            if id(t) not in own:
-                storage = t.untyped_storage()
-                storages[storage._cdata] = (storage.nbytes(), t)
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            result = model(x)
-        del result
-        sizes.append(sum(size for size, _ in storages.values()))
+        sizes.append(saved_bytes(partial(model, x), model))
     eager, fast = sizes
     print(f"saved bytes with frozen weights, {kind}: {fast / eager:.4f} of the reference's")
     assert 1 / 100 < fast / eager <= 1 / 8

@@ -42,6 +42,7 @@ SIDEWAYS = {
     "precision": {"errors", "setting"},
     "steps": {"problem"},
     "autograd": {"ops"},
+    "cache": {"errors"},
     "tuned": {"errors", "problem", "cache"},
     "measured": {"errors", "problem", "cache", "machine"},
     "tune_cpu": {"tune"},

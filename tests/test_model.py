@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import wrn_fast
+from benchmarks.memory import saved_bytes
 from wrn_fast import reference
 from wrn_fast.block import FastBlock, hooked, run_block
 from wrn_fast.errors import WrnFastError
@@ -383,19 +385,7 @@ def test_saved_bytes_are_at_most_055_of_the_reference(dropRate):
         with torch.device("meta"):
             model = kind(28, 10, 10, dropRate)
             x = torch.randn(16, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-        parameters = {id(p) for p in model.parameters()}
-        storages = {}
-
-        def pack(t, parameters=parameters, storages=storages):
-            if id(t) not in parameters:
-                storage = t.untyped_storage()
-                storages[storage._cdata] = (storage.nbytes(), t)
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            result = model(x)
-        del result
-        sizes[kind] = sum(size for size, _ in storages.values())
+        sizes[kind] = saved_bytes(partial(model, x), model)
     ratio = sizes[wrn_fast.WideResNet] / sizes[reference.WideResNet]
     print(f"saved bytes, dropRate {dropRate}: {ratio:.3f} of the reference's")
     assert 0.2 < ratio <= 0.55

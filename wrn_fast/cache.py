@@ -11,7 +11,11 @@ import json
 import os
 import stat
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from wrn_fast.errors import WrnFastError
 
 _LIMIT_BYTES = 16 << 20  # a longer file is not one of ours
 
@@ -60,6 +64,22 @@ def read(path: Path) -> object | None:
         return json.loads(data) if len(data) <= _LIMIT_BYTES else None
     except (OSError, ValueError, RecursionError):
         return None
+
+
+def fields(what: str, value: object, wanted: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
+    """`value` as an object with exactly the wanted fields, each of exactly its type (or one of several).
+
+    Raises:
+        WrnFastError: it is something else; the message names the field.
+    """
+    if not isinstance(value, dict) or set(value) != set(wanted):
+        got = sorted(value) if isinstance(value, dict) else type(value).__name__
+        raise WrnFastError(f"`{what}`: expected exactly {', '.join(wanted)}, got {got}")
+    for name, kind in wanted.items():
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if type(value[name]) not in kinds:
+            raise WrnFastError(f"`{what}.{name}`: expected {kinds[0].__name__}, got {value[name]!r}")
+    return value
 
 
 def write(path: Path, value: object) -> bool:

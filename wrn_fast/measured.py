@@ -45,41 +45,33 @@ def key(op: str, problem: ConvProblem) -> Key:
     return Key(op, str(p.dtype).removeprefix("torch."), p.N, p.H, p.W, p.C, p.K, p.R, p.S, p.stride)
 
 
+def key_of(row: dict[str, Any]) -> Key:
+    """The class of a row."""
+    return Key(*(row[name] for name in Key._fields))
+
+
 def path(isa: str, threads: int, create: bool = False) -> Path | None:
     """The file of an instruction set and number of threads; None where there is no folder that can be trusted."""
     folder = cache.folder(FOLDER, create)
     return None if folder is None else folder / f"{isa}-{threads}.json"
 
 
-def validate(value: object) -> dict[Key, str]:
-    """The choice of each class in a document.
+def validate(value: object) -> None:
+    """Nothing, if `value` is a document.
 
     Raises:
         WrnFastError: a field is unknown, absent or of another type, or names what does not exist.
     """
-    document = _fields("document", value, {"format": int, "head": dict, "rows": list})
+    document = cache.fields("document", value, {"format": int, "head": dict, "rows": list})
     if document["format"] != FORMAT:
         raise WrnFastError(f"`format`: expected {FORMAT}, got {document['format']}")
-    _fields("head", document["head"], dict.fromkeys(HEAD, str))
+    cache.fields("head", document["head"], dict.fromkeys(HEAD, str))
     kinds = {name: str if name in ("op", "dtype") else int for name in Key._fields}
-    found = {}
     for row in document["rows"]:
-        row = _fields("row", row, {**kinds, "pin": str, "us": dict})
+        row = cache.fields("row", row, {**kinds, "pin": str, "us": dict})
         for name, choices in (("op", OPS), ("pin", PINS)):
             if row[name] not in choices:
                 raise WrnFastError(f"`row.{name}`: expected one of {', '.join(choices)}, got {row[name]!r}")
-        found[Key(*(row[name] for name in Key._fields))] = row["pin"]
-    return found
-
-
-def _fields(what: str, value: object, wanted: dict[str, type]) -> dict[str, Any]:
-    if not isinstance(value, dict) or set(value) != set(wanted):
-        got = sorted(value) if isinstance(value, dict) else type(value).__name__
-        raise WrnFastError(f"`{what}`: expected exactly {', '.join(wanted)}, got {got}")
-    for name, kind in wanted.items():
-        if type(value[name]) is not kind:
-            raise WrnFastError(f"`{what}.{name}`: expected {kind.__name__}, got {value[name]!r}")
-    return value
 
 
 def head(isa: str, threads: int) -> dict[str, str]:
@@ -88,23 +80,27 @@ def head(isa: str, threads: int) -> dict[str, str]:
     return {"cpu": found["device"], "isa": isa, "threads": str(threads), "date": found["date"]}
 
 
+def rows(isa: str, threads: int) -> list[dict[str, Any]]:
+    """The rows that count here: none of a file of another processor, or of one that was damaged."""
+    file = path(isa, threads)
+    document: Any = None if file is None else cache.read(file)
+    try:
+        validate(document)
+    except WrnFastError:
+        return []
+    here, there = head(isa, threads), document["head"]
+    return document["rows"] if all(here[name] == there[name] for name in HEAD if name != "date") else []
+
+
 @functools.cache
 def table(isa: str, threads: int) -> dict[Key, str]:
     """Every choice that counts here, read once a process."""
-    file = path(isa, threads)
-    document = None if file is None else cache.read(file)
-    try:
-        rows = validate(document)
-    except WrnFastError:
-        return {}
-    here, there = head(isa, threads), document["head"]  # type: ignore[index]
-    return rows if all(here[name] == there[name] for name in HEAD if name != "date") else {}
+    return {key_of(row): row["pin"] for row in rows(isa, threads)}
 
 
 def lookup(op: str, problem: ConvProblem, isa: str, threads: int) -> str:
     """The algorithm to pin for a problem, or '' where the policy decides."""
-    rows = table(isa, threads)
-    return rows.get(key(op, problem), "") if rows else ""
+    return table(isa, threads).get(key(op, problem), "")
 
 
 def forget() -> None:

@@ -24,6 +24,7 @@ FP8 = "fp8"
 PINS = ("", "1", "f4", "f2", "direct", "measured")
 
 _setting: Setting[str] = Setting()
+_pin: Setting[str] = Setting()
 
 
 def _checked(name: str, source: str, choices: tuple[str, ...]) -> str:
@@ -46,17 +47,29 @@ def current() -> str:
 
 
 def pinned() -> str:
-    """What WRN_FAST_PIN_ALGO asks for: one of `PINS`.
+    """What the innermost `pin_algorithm`, else WRN_FAST_PIN_ALGO asks for: one of `PINS`.
 
     Raises:
         WrnFastError: it holds another word.
     """
+    chosen = _pin.get()
+    if chosen is not None:
+        return chosen
     name = os.environ.get("WRN_FAST_PIN_ALGO", "")
     if name not in PINS:
         if name != "0":
             raise WrnFastError(f"`WRN_FAST_PIN_ALGO`: expected one of 0, {', '.join(PINS[1:])}, got {name!r}")
         return ""
     return name
+
+
+def pin_algorithm(name: str) -> AbstractContextManager[None]:
+    """One of `PINS` inside a `with` block, whatever WRN_FAST_PIN_ALGO says: for measuring.
+
+    Raises:
+        WrnFastError: an unknown name.
+    """
+    return _pin.block(_checked(name, "pin_algorithm", PINS))
 
 
 def precision(name: str) -> AbstractContextManager[None]:

@@ -139,6 +139,12 @@ def search(
     return ranking()
 
 
+def progress_bar() -> Progress:
+    """What is measured, how many are done, and for how long; gone at the end."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, transient=True)
+
+
 class Table:
     """The user's file of one GPU, with the rows that are there already."""
 
@@ -219,8 +225,7 @@ def run(
     clock = clock or (wall_clock if index is None else event_clock)
     counts = dict.fromkeys(("measured", "kept", "failed", "left"), 0)
     begin = time.monotonic()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, transient=True) as progress:
+    with progress_bar() as progress:
         bar = progress.add_task("tiles", total=len(wanted))
         for op, problem in wanted:
             key = tuned.key(triton.NAME, op, problem)

@@ -7,39 +7,23 @@ where it stopped, and a file that was damaged is started anew.
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from wrn_fast import cache, measured, native, tune
 from wrn_fast.backends import cpu
 from wrn_fast.errors import WrnFastError
+from wrn_fast.precision import pin_algorithm
 from wrn_fast.problem import ConvProblem
 
 ROUNDS = 9
 _EXACT = {"f4": 0, "f2": 1, "f2s2": 1, "direct": 2}
 
 Task = tuple[str, ConvProblem]
-
-
-@contextmanager
-def _pinned(name: str) -> Iterator[None]:
-    before = os.environ.get("WRN_FAST_PIN_ALGO")
-    os.environ["WRN_FAST_PIN_ALGO"] = name
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["WRN_FAST_PIN_ALGO"]
-        else:
-            os.environ["WRN_FAST_PIN_ALGO"] = before
 
 
 def unsupported() -> str | None:
@@ -62,18 +46,18 @@ def tasks(depth: int, width: int, batch: int, dtype: str) -> list[Task]:
 
 def candidates(op: str, problem: ConvProblem) -> list[str]:
     """The pins that lead to different algorithms, none less exact than the policy allows for the shape."""
-    with _pinned("1"):
+    with pin_algorithm("1"):
         least = _EXACT[str(cpu.algorithm(op, problem))]
     found: dict[str, str] = {}
     for pin in measured.PINS:
-        with _pinned(pin):
+        with pin_algorithm(pin):
             name = str(cpu.algorithm(op, problem))
         if _EXACT[name] >= least:
             found.setdefault(name, pin)
     return list(found.values())
 
 
-def measure(op: str, problem: ConvProblem, clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
+def measure(op: str, problem: ConvProblem) -> dict[str, float]:
     """Median microseconds of each candidate, fastest first."""
     arguments = tune.tensors(op, problem, torch.device("cpu"))
     call = getattr(cpu, op)
@@ -82,10 +66,10 @@ def measure(op: str, problem: ConvProblem, clock: Callable[[], float] = time.per
     with torch.no_grad():
         for turn in range(ROUNDS + 2):
             for pin in pins:
-                with _pinned(pin):
-                    begin = clock()
+                with pin_algorithm(pin):
+                    begin = time.perf_counter()
                     call(problem, *arguments)
-                    end = clock()
+                    end = time.perf_counter()
                 # The first call packs the filter, the second keeps the pack.
                 if turn >= 2:
                     seconds[pin].append(end - begin)
@@ -115,12 +99,11 @@ def run(wanted: Sequence[Task], *, limit_s: float = float("inf")) -> dict[str, A
     if path is None:
         raise WrnFastError("`WRN_FAST_CACHE_DIR`: expected a folder of this user's own, that nobody else may write")
     head = measured.head(isa, threads)
-    rows = _rows(path, head)
-    there = {measured.Key(*(row[name] for name in measured.Key._fields)) for row in rows}
+    rows = measured.rows(isa, threads)
+    there = set(map(measured.key_of, rows))
     counts = dict.fromkeys(("measured", "kept", "left"), 0)
     begin = time.monotonic()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, transient=True) as progress:
+    with tune.progress_bar() as progress:
         bar = progress.add_task("algorithms", total=len(wanted))
         for op, problem in wanted:
             key = measured.key(op, problem)
@@ -140,15 +123,3 @@ def run(wanted: Sequence[Task], *, limit_s: float = float("inf")) -> dict[str, A
             progress.advance(bar)
     measured.forget()
     return {"head": head, "path": str(path), "rows": rows, **counts}
-
-
-def _rows(path: Path, head: dict[str, str]) -> list[dict[str, Any]]:
-    """The rows that are there already and count here."""
-    document = cache.read(path)
-    try:
-        measured.validate(document)
-    except WrnFastError:
-        return []
-    assert isinstance(document, dict)
-    same = all(document["head"][name] == head[name] for name in measured.HEAD if name != "date")
-    return document["rows"] if same else []

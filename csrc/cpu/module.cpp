@@ -34,21 +34,7 @@ Plan make_plan(bool bf16, int64_t N, int64_t H, int64_t W, int64_t C, int64_t K,
                double short_eps, const std::string& act_out, const std::string& precision, const std::string& pin_fprop,
                const std::string& pin_dgrad, const std::string& pin_wgrad) {
   Plan plan;
-  ConvShape& s = plan.shape;
-  s.N = N;
-  s.H = H;
-  s.W = W;
-  s.C = C;
-  s.K = K;
-  s.R = R;
-  s.S = S;
-  s.stride = stride;
-  s.pad_left = pad_left;
-  s.pad_right = pad_right;
-  s.pad_top = pad_top;
-  s.pad_bottom = pad_bottom;
-  s.P = (H + pad_top + pad_bottom - R) / stride + 1;
-  s.Q = (W + pad_left + pad_right - S) / stride + 1;
+  const ConvShape& s = plan.shape = conv_shape(N, H, W, C, K, R, S, stride, pad_left, pad_right, pad_top, pad_bottom);
   plan.dtype = bf16 ? DType::bf16 : DType::f32;
   plan.act = parse_act(act);
   plan.short_act = parse_act(short_act);

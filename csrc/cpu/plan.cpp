@@ -136,9 +136,8 @@ void Plan::fprop(int threads, const FpropPointers& t) const {
   kernels().fprop(args);
 }
 
-void Plan::dgrad(int threads, Pointer dy, Pointer x, Pointer w, int w_code, Pointer packed, Pointer stats,
-                 Pointer gamma, Pointer beta, Pointer rng, Pointer g, Pointer sums) const {
-  const Affine affine(shape.C, stats, gamma, beta, eps, act, slope);
+DgradArgs Plan::dgrad_args(int threads, Pointer dy, Pointer w, int w_code, Pointer packed, const Prologue& prologue,
+                           Pointer rng, Pointer g) const {
   DgradArgs args;
   args.shape = shape;
   args.dtype = dtype;
@@ -147,12 +146,30 @@ void Plan::dgrad(int threads, Pointer dy, Pointer x, Pointer w, int w_code, Poin
   args.dy = at<const void>(dy);
   args.w = filter(w, w_code, shape.C, shape.R, shape.S);
   args.packed = at<const float>(packed);
-  args.x = at<const void>(x);
-  args.prologue = affine.prologue;
+  args.prologue = prologue;
   args.prologue.dropout = dropout(rng, drop_at == DropAt::prologue);
-  args.rstd = affine.rstd.data();
   args.g = at<void>(g);
+  return args;
+}
+
+void Plan::dgrad(int threads, Pointer dy, Pointer x, Pointer w, int w_code, Pointer packed, Pointer stats,
+                 Pointer gamma, Pointer beta, Pointer rng, Pointer g, Pointer sums) const {
+  const Affine affine(shape.C, stats, gamma, beta, eps, act, slope);
+  DgradArgs args = dgrad_args(threads, dy, w, w_code, packed, affine.prologue, rng, g);
+  args.x = at<const void>(x);
+  args.rstd = affine.rstd.data();
   args.sums_g = at<float>(sums);
+  kernels().dgrad(args);
+}
+
+void Plan::input_grad(int threads, Pointer dy, Pointer w, int w_code, Pointer packed, Pointer mask, Pointer scale,
+                      Pointer rng, Pointer dx) const {
+  Prologue prologue;
+  prologue.act = act;
+  prologue.slope = slope;
+  DgradArgs args = dgrad_args(threads, dy, w, w_code, packed, prologue, rng, dx);
+  args.mask = at<const uint8_t>(mask);
+  args.out_scale = at<const float>(scale);
   kernels().dgrad(args);
 }
 
@@ -175,11 +192,7 @@ void Plan::wgrad(int threads, Pointer dy, Pointer x, Pointer stats, Pointer gamm
 void Plan::bn_bwd_apply(int threads, Pointer g, Pointer x, Pointer stats, Pointer gamma, Pointer sums,
                         Pointer dx) const {
   const Affine affine(shape.C, stats, gamma, 0, eps, act, slope);
-  BnBwdArgs args;
-  args.rows = source_rows();
-  args.C = shape.C;
-  args.dtype = dtype;
-  args.threads = threads;
+  auto args = pass_args<BnBwdArgs>(threads);
   args.g = at<const void>(g);
   args.x = at<const void>(x);
   args.mean = at<const float>(stats);
@@ -192,53 +205,22 @@ void Plan::bn_bwd_apply(int threads, Pointer g, Pointer x, Pointer stats, Pointe
 
 void Plan::act_mask(int threads, Pointer x, Pointer stats, Pointer gamma, Pointer beta, Pointer mask) const {
   const Affine affine(shape.C, stats, gamma, beta, eps, act, slope);
-  MaskArgs args;
-  args.rows = source_rows();
-  args.C = shape.C;
-  args.dtype = dtype;
-  args.threads = threads;
+  auto args = pass_args<MaskArgs>(threads);
   args.x = at<const void>(x);
   args.prologue = affine.prologue;
   args.mask = at<uint8_t>(mask);
   passes().act_mask(args);
 }
 
-void Plan::input_grad(int threads, Pointer dy, Pointer w, int w_code, Pointer packed, Pointer mask, Pointer scale,
-                      Pointer rng, Pointer dx) const {
-  DgradArgs args;
-  args.shape = shape;
-  args.dtype = dtype;
-  args.algo = dgrad_algo;
-  args.threads = threads;
-  args.dy = at<const void>(dy);
-  args.w = filter(w, w_code, shape.C, shape.R, shape.S);
-  args.packed = at<const float>(packed);
-  args.prologue.act = act;
-  args.prologue.slope = slope;
-  args.prologue.dropout = dropout(rng, drop_at == DropAt::prologue);
-  args.mask = at<const uint8_t>(mask);
-  args.out_scale = at<const float>(scale);
-  args.g = at<void>(dx);
-  kernels().dgrad(args);
-}
-
 void Plan::channel_stats(int threads, Pointer x, Pointer stats) const {
-  StatsArgs args;
-  args.rows = source_rows();
-  args.C = shape.C;
-  args.dtype = dtype;
-  args.threads = threads;
+  auto args = pass_args<StatsArgs>(threads);
   args.x = at<const void>(x);
   args.stats = at<float>(stats);
   passes().stats(args);
 }
 
 void Plan::drop(int threads, Pointer x, Pointer rng, Pointer y) const {
-  SourceArgs args;
-  args.rows = source_rows();
-  args.C = shape.C;
-  args.dtype = dtype;
-  args.threads = threads;
+  auto args = pass_args<SourceArgs>(threads);
   args.x = at<const void>(x);
   args.prologue.dropout = dropout(rng, true);
   args.a = at<void>(y);

@@ -72,6 +72,18 @@ struct Plan {
   int64_t source_rows() const { return shape.N * shape.H * shape.W; }
 
  private:
+  // What the arguments of every pass over a whole tensor begin with.
+  template <class Args>
+  Args pass_args(int threads) const {
+    Args args;
+    args.rows = source_rows();
+    args.C = shape.C;
+    args.dtype = dtype;
+    args.threads = threads;
+    return args;
+  }
+  DgradArgs dgrad_args(int threads, Pointer dy, Pointer w, int w_code, Pointer packed, const Prologue& prologue,
+                       Pointer rng, Pointer g) const;
   PackArgs pack_args(bool for_dgrad) const;
   PackArgs pack_args_short() const;
 };

@@ -19,22 +19,7 @@ ConvShape shape(int64_t N, int64_t H, int64_t W, int64_t C, int64_t K, int R, in
                                     {"S", S},
                                     {"stride", stride}})
     positive(value, name);
-  ConvShape s;
-  s.N = N;
-  s.H = H;
-  s.W = W;
-  s.C = C;
-  s.K = K;
-  s.R = R;
-  s.S = S;
-  s.stride = stride;
-  s.pad_left = pad_left;
-  s.pad_right = pad_right;
-  s.pad_top = pad_top;
-  s.pad_bottom = pad_bottom;
-  s.P = (H + pad_top + pad_bottom - R) / stride + 1;
-  s.Q = (W + pad_left + pad_right - S) / stride + 1;
-  return s;
+  return conv_shape(N, H, W, C, K, R, S, stride, pad_left, pad_right, pad_top, pad_bottom);
 }
 
 Sm90Tile checked_tile(int code) {

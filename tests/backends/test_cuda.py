@@ -14,7 +14,7 @@ from kernels import oracle
 import wrn_fast
 from wrn_fast import cache, dispatch, ops, parity, tune, tuned
 from wrn_fast.backends import aten, cuda
-from wrn_fast.kernels import cuda_check, cuda_launch
+from wrn_fast.kernels import cuda_check, cuda_launch, passed
 from wrn_fast.kernels.configs import TileConfig
 from wrn_fast.kernels.cuda_launch import Tile
 from wrn_fast.problem import ConvProblem
@@ -253,8 +253,9 @@ def test_scratch_does_not_grow_with_the_batch():
 def no_memory(monkeypatch):
     """Nothing remembered, nothing kept."""
     monkeypatch.setattr(cuda_check, "_seen", {})
-    monkeypatch.setattr(cuda_check, "_remembered", lambda library, device: {})
-    monkeypatch.setattr(cuda_check, "_remember", lambda library, device, name: None)
+    monkeypatch.setattr(cuda_check, "_file_name", lambda library, device: "none.json")
+    monkeypatch.setattr(passed, "_read", lambda file: {})
+    monkeypatch.setattr(passed, "_add", lambda file, name: None)
 
 
 @pytest.mark.parametrize("problem", [PLAIN, SOURCE, SOURCE._replace(stride=2)], ids=["plain", "act", "stride 2"])

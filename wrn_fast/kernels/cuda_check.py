@@ -14,12 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wrn_fast import cache
-from wrn_fast.kernels import selfcheck
+from wrn_fast.kernels import passed, selfcheck
 from wrn_fast.kernels.configs import TileConfig
 from wrn_fast.problem import ConvProblem
 
-_OK = "ok"
 _seen: dict[str, str | None] = {}
 
 # Runs the operator on (the small problem, its tensors in the backend's order).
@@ -41,13 +39,8 @@ def reason(op: str, problem: ConvProblem, tile: tuple, library: str, device: tor
     dtype = str(problem.dtype).removeprefix("torch.")
     filters = f"{problem.C}-{problem.K} {problem.R}x{problem.S}/{problem.stride}"
     name = f"{op} {dtype} {filters} {'act' if source else 'plain'} {tile}"
-    key = f"{device} {name}"
-    if key not in _seen:
-        known = _remembered(library, device)
-        _seen[key] = None if known.get(name) == _OK else check(op, problem, device, run)
-        if _seen[key] is None and name not in known:
-            _remember(library, device, name)
-    return _seen[key]
+    check_it = functools.partial(check, op, problem, device, run)
+    return passed.once(_seen, f"{device} {name}", _file_name(library, device), name, check_it)
 
 
 def check(op: str, problem: ConvProblem, device: torch.device, run: Run) -> str | None:
@@ -74,19 +67,3 @@ def _file_name(library: str, device: torch.device) -> str:
     driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
     versions = (torch.cuda.get_device_name(device), str(driver), torch.__version__, binary)
     return "cuda-" + hashlib.sha256("\n".join(versions).encode()).hexdigest()[:32] + ".json"
-
-
-def _remembered(library: str, device: torch.device) -> dict[str, str]:
-    """The kernels that passed before; a file of another form counts as none."""
-    folder = cache.folder("selfcheck")
-    found = cache.read(folder / _file_name(library, device)) if folder else None
-    if not isinstance(found, dict) or not all(v == _OK for v in found.values()):
-        return {}
-    return found
-
-
-def _remember(library: str, device: torch.device, name: str) -> None:
-    """Adds what passed. A failure is never kept: it is looked at again in each process."""
-    folder = cache.folder("selfcheck", create=True)
-    if folder is not None:
-        cache.write(folder / _file_name(library, device), {**_remembered(library, device), name: _OK})

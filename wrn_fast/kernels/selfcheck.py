@@ -17,12 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wrn_fast import cache
+from wrn_fast.kernels import passed
 from wrn_fast.kernels.configs import TileConfig
 from wrn_fast.problem import ConvProblem
 
 _FORMAT = 1
-_OK = "ok"
 _seen: dict[str, str | None] = {}
 
 
@@ -34,16 +33,8 @@ def reason(op: str, problem: ConvProblem, config: TileConfig, precision: str, de
         f"{'act' if source else 'plain'} {config.rows}x{config.cols[0]}+{config.cols[1]}x{config.red} "
         f"warps={config.warps} stages={config.stages} apply={config.apply} box={config.box}"
     )
-    key = f"{device} {name}"
-    if key not in _seen:
-        remembered = _remembered(device)
-        if remembered.get(name) == _OK:
-            _seen[key] = None
-        else:
-            _seen[key] = check(op, problem, config, precision, device)
-            if _seen[key] is None:
-                _remember(device, name)
-    return _seen[key]
+    check_it = functools.partial(check, op, problem, config, precision, device)
+    return passed.once(_seen, f"{device} {name}", _file_name(device), name, check_it)
 
 
 def check(op: str, problem: ConvProblem, config: TileConfig, precision: str, device: torch.device) -> str | None:
@@ -149,19 +140,3 @@ def _file_name(device: torch.device) -> str:
     driver = torch._C._cuda_getDriverVersion() if on_cuda else 0  # type: ignore[attr-defined]
     versions = (str(_FORMAT), gpu, str(driver), torch.__version__, str(torch.version.hip), triton.__version__)
     return hashlib.sha256("\n".join((*versions, kernels)).encode()).hexdigest()[:32] + ".json"
-
-
-def _remembered(device: torch.device) -> dict[str, str]:
-    """The tiles that passed before; a file of another form counts as none."""
-    folder = cache.folder("selfcheck")
-    found = cache.read(folder / _file_name(device)) if folder else None
-    if not isinstance(found, dict) or not all(v == _OK for v in found.values()):
-        return {}
-    return found
-
-
-def _remember(device: torch.device, name: str) -> None:
-    """Adds what passed. A failure is never kept: it is looked at again in each process."""
-    folder = cache.folder("selfcheck", create=True)
-    if folder is not None:
-        cache.write(folder / _file_name(device), {**_remembered(device), name: _OK})

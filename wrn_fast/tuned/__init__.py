@@ -54,38 +54,27 @@ def key(backend: str, op: str, problem: ConvProblem) -> Key:
     )  # fmt: skip
 
 
-def _fields(what: str, value: object, wanted: dict[str, Any]) -> dict[str, Any]:
-    if not isinstance(value, dict) or set(value) != set(wanted):
-        got = sorted(value) if isinstance(value, dict) else type(value).__name__
-        raise WrnFastError(f"`{what}`: expected exactly {', '.join(wanted)}, got {got}")
-    for name, kind in wanted.items():
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        if type(value[name]) not in kinds:
-            raise WrnFastError(f"`{what}.{name}`: expected {kinds[0].__name__}, got {value[name]!r}")
-    return value
-
-
 def validate(value: object) -> dict[Key, dict[str, Any]]:
     """The rows of a document by class.
 
     Raises:
         WrnFastError: it is no document of this format, or has a field that is unknown, absent or of another type.
     """
-    document = _fields("document", value, {"format": int, "head": dict, "rows": list})
+    document = cache.fields("document", value, {"format": int, "head": dict, "rows": list})
     if document["format"] != FORMAT:
         raise WrnFastError(f"`format`: expected {FORMAT}, got {document['format']}")
-    head = _fields("head", document["head"], {name: int if name == "sms" else str for name in HEAD})
+    head = cache.fields("head", document["head"], {name: int if name == "sms" else str for name in HEAD})
     if not head["gpu"]:
         raise WrnFastError("`head.gpu`: expected the name of a GPU, got ''")
     kinds = {"backend": str, "op": str, "dtype": str, "source": bool}
     wanted = {name: kinds.get(name, int) for name in Key._fields}
     rows: dict[Key, dict[str, Any]] = {}
     for row in document["rows"]:
-        row = _fields("row", row, {**wanted, "tile": dict, "us": (float, int), "runner_up_us": (float, int)})
+        row = cache.fields("row", row, {**wanted, "tile": dict, "us": (float, int), "runner_up_us": (float, int)})
         for name, choices in (("backend", BACKENDS), ("op", OPS), ("dtype", DTYPES)):
             if row[name] not in choices:
                 raise WrnFastError(f"`row.{name}`: expected one of {', '.join(choices)}, got {row[name]!r}")
-        tile = _fields("tile", row["tile"], TILE)
+        tile = cache.fields("tile", row["tile"], TILE)
         if len(tile["cols"]) != 2 or any(type(c) is not int for c in tile["cols"]):
             raise WrnFastError(f"`tile.cols`: expected two widths, got {tile['cols']}")
         rows[Key(*(row[name] for name in Key._fields))] = tile
