@@ -27,7 +27,7 @@ MAX_REPS = 40
 WARMUP = 2
 MIN_SAMPLE_S = 0.01
 MAX_INNER = 200
-# Shorter runs come after an untimed one of their own: the threads of some engines spin on for a while after theirs.
+# Shorter runs come after an untimed one of their own: caches and threads are then as it left them, not a rival.
 SHORT_S = 0.25
 
 
