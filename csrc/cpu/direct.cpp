@@ -3,6 +3,8 @@
 
 #include <omp.h>
 
+#include "shares.h"
+
 namespace wrn_fast {
 namespace WRN_ISA {
 namespace {
@@ -103,7 +105,7 @@ Plan make_plan(const DirectCall& c) {
 
 struct Buffers {
   float* packed[2];
-  float *records, *rows, *acc, *multipliers;
+  float *records, *shares, *rows, *acc, *multipliers;
   PaddedAffine affine[2];
   int64_t source_floats[2], chunk_floats, acc_floats, multipliers_floats;
 };
@@ -119,6 +121,7 @@ Buffers lay_out(Parts& parts, const DirectCall& c, const Plan& plan, bool statis
     if (s.prologue.dropout.active && s.W * s.C + VL > b.multipliers_floats) b.multipliers_floats = s.W * s.C + VL;
   }
   if (statistics) b.records = parts.floats(records_floats(c.epilogue, plan.chunks * c.phases * c.phases));
+  if (!plan.shared) b.shares = parts.floats(Shares::floats(c.threads));
   b.acc_floats = (plan.chunk_rows * c.out_W + RECORD) * NR;
   b.rows = parts.floats(b.chunk_floats * plan.held);
   b.acc = parts.floats(b.acc_floats * c.threads);
@@ -204,6 +207,7 @@ void direct(DirectCall& c, float* statistics) {
     }
   };
 
+  const Shares shares(b.shares, plan.chunks, plan.shared ? 0 : c.threads);
 #pragma omp parallel num_threads(c.threads)
   {
     const int64_t id = omp_get_thread_num();
@@ -212,8 +216,7 @@ void direct(DirectCall& c, float* statistics) {
     int64_t begin, end;
     if (!plan.shared) {
       float* buffer = b.rows + id * b.chunk_floats;
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t k = 0; k < plan.chunks; ++k) {
+      for (int64_t k = shares.take(id); k >= 0; k = shares.take(id)) {
         fill(k, buffer, 0, INT64_MAX, multipliers);
         const int64_t image = rows_of(k, &begin, &end);
         for (int64_t p = 0; p < panels; ++p) run_panel(c, b, buffer, k, image, begin, end, p, acc);

@@ -8,6 +8,7 @@
 
 #include <omp.h>
 
+#include "shares.h"
 #include "winograd_points.h"
 
 namespace wrn_fast {
@@ -81,7 +82,7 @@ Plan make_plan(const WinogradCall& call, const Strips& strips, int64_t panels) {
 struct Buffers {
   PaddedAffine affine;
   float* packed;
-  float* records;
+  float *records, *shares;
   float *v, *products, *tile, *input;
   int64_t v_floats, products_floats, tile_floats, input_floats;
 };
@@ -93,6 +94,7 @@ Buffers lay_out(Parts& parts, const WinogradCall& call, const Plan& plan, const 
   b.affine = reserve_affine(parts, in.prologue, in.padded);
   if (!call.packed) b.packed = parts.floats(filter_floats(call.algo, call.filter));
   if (statistics) b.records = parts.floats(records_floats(call.epilogue, strips.count()));
+  if (!plan.shared) b.shares = parts.floats(Shares::floats(threads));
   b.v_floats = matrices * (plan.chunk_strips * in.tile_cols * in.padded + kPlanePad);
   b.products_floats = plan.part_strips * in.tile_cols * matrices * NR;
   b.tile_floats = (m * m + RECORD) * NR;
@@ -199,6 +201,7 @@ void winograd(const WinogradCall& given, float* statistics) {
   const int64_t per_image = strips.per_image(), strip_floats = in.tile_cols * in.padded;
   const int64_t plane = plan.chunk_strips * strip_floats + kPlanePad;
   const int64_t rounds = (count + plan.chunk_strips - 1) / plan.chunk_strips;
+  const Shares shares(b.shares, rounds, plan.shared ? 0 : call.threads);
 
 #pragma omp parallel num_threads(call.threads)
   {
@@ -210,8 +213,7 @@ void winograd(const WinogradCall& given, float* statistics) {
         call, strips,           output_transform(call.algo), call.packed, plane, b.products + id * b.products_floats,
         tile, tile + m * m * NR};
     if (!plan.shared) {
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t r = 0; r < rounds; ++r) {
+      for (int64_t r = shares.take(id); r >= 0; r = shares.take(id)) {
         const int64_t begin = r * count / rounds, end = (r + 1) * count / rounds;
         for (int64_t s = begin; s < end; ++s)
           input(in, s / per_image, s % per_image, 0, in.padded, v + (s - begin) * strip_floats, plane, scratch);
