@@ -12,9 +12,10 @@ namespace wrn_fast {
 enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
 enum class Act : int32_t { identity = 0, relu = 1, silu = 2, leaky_relu = 3 };
 
-// f4 and f2 are Winograd F(4x4,3x3) and F(2x2,3x3): 3x3, stride 1 only. direct is an implicit GEMM: any filter and
-// stride. f2s2 is polyphase Winograd for the fprop of a 3x3 filter at stride 2: 2x2 outputs from 25 products.
-enum class Algo : int32_t { f4 = 0, f2 = 1, direct = 2, f2s2 = 3 };
+// f4, f3 and f2 are Winograd F(4x4,3x3), F(3x3,3x3) and F(2x2,3x3): 3x3, stride 1 only. direct is an implicit GEMM: any
+// filter and stride. f2s2 is polyphase Winograd for the fprop of a 3x3 filter at stride 2: 2x2 outputs from 25
+// products.
+enum class Algo : int32_t { f4 = 0, f2 = 1, direct = 2, f2s2 = 3, f3 = 4 };
 
 // Philox4x32-10 over the 64-bit NHWC element index: keep = word >= threshold; kept values times scale = 1/(1-p).
 // p = 1 is given as scale = 0.

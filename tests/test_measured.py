@@ -94,8 +94,8 @@ def test_the_schema_is_closed(folder, change):
 
 
 def test_candidates_are_no_less_exact_than_the_policy(folder):
-    assert tune_cpu.candidates("fprop", PROBLEM) == ["f4", "f2", "direct"]
-    assert tune_cpu.candidates("fprop", PROBLEM._replace(C=32)) == ["f2", "direct"]
+    assert tune_cpu.candidates("fprop", PROBLEM) == ["f4", "f3", "f2", "direct"]
+    assert tune_cpu.candidates("fprop", PROBLEM._replace(C=32)) == ["f3", "f2", "direct"]
     assert tune_cpu.candidates("fprop", PROBLEM._replace(C=8)) == ["direct"]
     # Where few tiles make the policy take F(2x2), F(4x4) is exact enough to be asked.
     wide = PROBLEM._replace(N=1, C=640, K=640)
@@ -104,7 +104,7 @@ def test_candidates_are_no_less_exact_than_the_policy(folder):
 
 def test_tuning_goes_on_where_it_stopped_and_decides(folder, monkeypatch):
     """The clock is a stub by which the direct convolution always wins."""
-    ticks = {"f4": 3.0, "f2": 2.0, "direct": 1.0}
+    ticks = {"f4": 4.0, "f3": 3.0, "f2": 2.0, "direct": 1.0}
 
     def measure(op, problem):
         return dict(sorted(((pin, ticks[pin]) for pin in tune_cpu.candidates(op, problem)), key=lambda pair: pair[1]))
@@ -124,7 +124,7 @@ def test_tuning_goes_on_where_it_stopped_and_decides(folder, monkeypatch):
 
 def test_measuring_gives_a_time_for_each_candidate_and_the_environment_back(folder):
     us = tune_cpu.measure("dgrad", PROBLEM)
-    assert set(us) == {"f4", "f2", "direct"} and all(v > 0 for v in us.values())
+    assert set(us) == {"f4", "f3", "f2", "direct"} and all(v > 0 for v in us.values())
     assert list(us.values()) == sorted(us.values())
     assert os.environ["WRN_FAST_PIN_ALGO"] == "measured"
 

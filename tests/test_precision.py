@@ -39,7 +39,7 @@ def test_an_unknown_name():
 
 
 @pytest.mark.parametrize(
-    "value, pinned", (("1", "1"), ("f4", "f4"), ("f2", "f2"), ("direct", "direct"), ("0", ""), ("", ""), (None, ""))
+    "value, pinned", (("1", "1"), ("f4", "f4"), ("f3", "f3"), ("f2", "f2"), ("direct", "direct"), ("0", ""), ("", ""), (None, ""))
 )
 def test_the_pin(monkeypatch, value, pinned):
     if value is None:
@@ -51,7 +51,7 @@ def test_the_pin(monkeypatch, value, pinned):
 
 def test_an_unknown_pin(monkeypatch):
     monkeypatch.setenv("WRN_FAST_PIN_ALGO", "f6")
-    said = "`WRN_FAST_PIN_ALGO`: expected one of 0, 1, f4, f2, direct, measured, got 'f6'"
+    said = "`WRN_FAST_PIN_ALGO`: expected one of 0, 1, f4, f3, f2, direct, measured, got 'f6'"
     with pytest.raises(WrnFastError, match=said):
         pinned_algorithm()
 
@@ -66,7 +66,8 @@ def test_the_policy(monkeypatch):
             return cpu._plan(PROBLEM._replace(**fields)).fprop_algo
 
     assert [algorithm(name) for name in PRECISIONS] == ["f4", "f2", "direct"]
-    assert [algorithm(C=c) for c in (8, 16, 63, 64)] == ["direct", "f2", "f2", "f4"]
+    assert [algorithm(C=c) for c in (8, 16, 31, 32, 63, 64)] == ["direct", "f2", "f2", "f3", "f3", "f4"]
+    assert [algorithm(C=32, H=h, W=h) for h in (4, 8, 10, 12)] == ["f2", "f3", "f2", "f3"]
     assert algorithm(K=8) == "direct"
     assert [algorithm(stride=2, C=c) for c in (16, 31, 32)] == ["direct", "direct", "f2s2"]
     assert algorithm("direct", stride=2) == "direct"
@@ -77,7 +78,7 @@ def test_the_policy(monkeypatch):
     assert [algorithm(N=n, **wide) for n in (1, 2, 8)] == ["f2", "f4", "f4"]
     monkeypatch.setenv("WRN_FAST_PIN_ALGO", "1")
     assert algorithm(N=1, **wide) == "f4"
-    for pin, at_stride_2 in (("f4", "direct"), ("f2", "f2s2"), ("direct", "direct")):
+    for pin, at_stride_2 in (("f4", "direct"), ("f3", "direct"), ("f2", "f2s2"), ("direct", "direct")):
         monkeypatch.setenv("WRN_FAST_PIN_ALGO", pin)
         assert algorithm() == algorithm(C=8) == pin
         assert algorithm(stride=2) == at_stride_2

@@ -17,10 +17,10 @@ from wrn_fast import cache, machine
 from wrn_fast.errors import WrnFastError
 from wrn_fast.problem import ConvProblem
 
-FORMAT = 1  # raised with every change of the algorithms too: their times are then others
+FORMAT = 2  # raised with every change of the algorithms too: their times are then others
 FOLDER = "algorithms"
 OPS = ("fprop", "dgrad")
-PINS = ("f4", "f2", "direct")
+PINS = ("f4", "f3", "f2", "direct")
 HEAD = ("cpu", "isa", "threads", "date")
 
 

@@ -21,7 +21,7 @@ from wrn_fast.setting import Setting
 
 PRECISIONS = ("fast", "f2", "direct")
 FP8 = "fp8"
-PINS = ("", "1", "f4", "f2", "direct", "measured")
+PINS = ("", "1", "f4", "f3", "f2", "direct", "measured")
 
 _setting: Setting[str] = Setting()
 _pin: Setting[str] = Setting()

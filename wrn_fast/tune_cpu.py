@@ -21,7 +21,7 @@ from wrn_fast.precision import pin_algorithm
 from wrn_fast.problem import ConvProblem
 
 ROUNDS = 9
-_EXACT = {"f4": 0, "f2": 1, "f2s2": 1, "direct": 2}
+_EXACT = {"f4": 0, "f3": 1, "f2": 2, "f2s2": 2, "direct": 3}
 
 Task = tuple[str, ConvProblem]
 

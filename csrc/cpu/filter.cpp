@@ -47,8 +47,13 @@ WRN_INLINE void gather(const FilterView& f, int64_t first_out, int lanes, int64_
     }
 }
 
-// Rows of G: the powers of the points, and 1/prod of point 0 (the others' are in A^T, which has the same number of
-// operations with them; here they would cost a rounding more in each of the two passes).
+// v * c, c rounded to twice the digits of fp32: the error is then that of one rounding and no bias of all filters.
+WRN_INLINE Vec scaled(const Vec& v, double c) {
+  const float high = static_cast<float>(c), low = static_cast<float>(c - static_cast<double>(high));
+  return fma(broadcast(high), v, broadcast(low) * v);
+}
+
+// Rows of G: the powers of the points, times 1/prod (p_i - p_j).
 template <Algo ALGO>
 WRN_INLINE void filter_1d(const Vec* g, int sg, Vec* o, int so) {
   const Vec g0 = g[0], g1 = g[sg], g2 = g[2 * sg];
@@ -60,12 +65,22 @@ WRN_INLINE void filter_1d(const Vec* g, int sg, Vec* o, int so) {
   } else if constexpr (ALGO == Algo::f4) {
     const Vec a = broadcast(5.f / 8), b = broadcast(3.f / 2);
     const Vec even_a = fma(broadcast(25.f / 64), g2, g0), even_b = fma(broadcast(9.f / 4), g2, g0);
-    o[0] = broadcast(256.f / 225) * g0;
-    o[so] = fma(a, g1, even_a);
-    o[2 * so] = fnma(a, g1, even_a);
-    o[3 * so] = fma(b, g1, even_b);
-    o[4 * so] = fnma(b, g1, even_b);
+    constexpr double aa = 25. / 64, bb = 9. / 4, scale_a = 1 / (2 * aa * (aa - bb)), scale_b = 1 / (2 * bb * (bb - aa));
+    o[0] = scaled(g0, 256. / 225);
+    o[so] = scaled(fma(a, g1, even_a), scale_a);
+    o[2 * so] = scaled(fnma(a, g1, even_a), scale_a);
+    o[3 * so] = scaled(fma(b, g1, even_b), scale_b);
+    o[4 * so] = scaled(fnma(b, g1, even_b), scale_b);
     o[5 * so] = g2;
+  } else if constexpr (ALGO == Algo::f3) {
+    const Vec a = broadcast(3.f / 8), b = broadcast(5.f / 4);
+    const Vec even_a = fma(broadcast(9.f / 64), g2, g0), even_b = fma(broadcast(25.f / 16), g2, g0);
+    constexpr double aa = 9. / 64, bb = 25. / 16, scale_a = 4 / (3 * (aa - bb)), scale_b = 2 / (5 * (bb - aa));
+    o[0] = scaled(fma(a, g1, even_a), scale_a);
+    o[so] = scaled(fnma(a, g1, even_a), scale_a);
+    o[2 * so] = scaled(fma(b, g1, even_b), scale_b);
+    o[3 * so] = scaled(fnma(b, g1, even_b), scale_b);
+    o[4 * so] = g2;
   } else {
     const Vec half = broadcast(0.5f), even = half * (g0 + g2), odd = half * g1;
     o[0] = g0;
@@ -116,6 +131,8 @@ void pack_rows(Algo algo, const FilterView& f, int64_t panel, int64_t begin, int
       const float* t = taps + row * count * NR;
       if (algo == Algo::f4)
         transform<Algo::f4>(t, width, out, matrix_stride);
+      else if (algo == Algo::f3)
+        transform<Algo::f3>(t, width, out, matrix_stride);
       else if (algo == Algo::f2)
         transform<Algo::f2>(t, width, out, matrix_stride);
       else if (algo == Algo::f2s2)

@@ -30,7 +30,7 @@ const Kernels& kernels();
 const Kernels* kernels_named(const char* name);
 
 // What WRN_FAST_PIN_ALGO asks for: `batch` keeps the batch size out of the choice, an algorithm runs wherever it can.
-enum class Pin : int32_t { none, batch, f4, f2, direct };
+enum class Pin : int32_t { none, batch, f4, f3, f2, direct };
 
 // The documented policy: which algorithm an exact-by-default fp32/bf16 call runs. It reads the shape and the batch,
 // never the thread count, so bits depend on the batch only here, and not at all under a pin.

@@ -13,16 +13,17 @@ namespace py = pybind11;
 namespace wrn_fast {
 namespace {
 
-// fast: the documented policy (policy.cpp). f2: F(2x2) where the policy takes F(4x4). direct: no Winograd.
+// fast: the documented policy (policy.cpp). f2: F(2x2) where the policy takes a larger tile. direct: no Winograd.
 Algo narrow(Algo algo, const std::string& precision) {
   if (precision == "direct") return Algo::direct;
-  if (precision == "f2" && algo == Algo::f4) return Algo::f2;
+  if (precision == "f2" && (algo == Algo::f4 || algo == Algo::f3)) return Algo::f2;
   return algo;
 }
 
 // WRN_FAST_PIN_ALGO, which wrn_fast/precision.py has checked.
 Pin parse_pin(const std::string& pin) {
   if (pin == "f4") return Pin::f4;
+  if (pin == "f3") return Pin::f3;
   if (pin == "f2") return Pin::f2;
   if (pin == "direct") return Pin::direct;
   return pin.empty() ? Pin::none : Pin::batch;
@@ -64,7 +65,18 @@ FpropPointers pointers(Pointer x, Pointer w, int w_code, Pointer packed, Pointer
 }
 
 const char* name_of(Algo algo) {
-  return algo == Algo::f4 ? "f4" : algo == Algo::f2 ? "f2" : algo == Algo::f2s2 ? "f2s2" : "direct";
+  switch (algo) {
+    case Algo::f4:
+      return "f4";
+    case Algo::f3:
+      return "f3";
+    case Algo::f2:
+      return "f2";
+    case Algo::f2s2:
+      return "f2s2";
+    default:
+      return "direct";
+  }
 }
 
 // FNV-1a over `samples` elements, `step` apart modulo `count`.

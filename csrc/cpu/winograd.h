@@ -1,10 +1,10 @@
-// Fused Winograd F(m x m, 3x3), m = 4 or 2: y = A^T [ (G w G^T) * (B^T prologue(x) B) ] A, then the epilogue.
+// Fused Winograd F(m x m, 3x3), m = 4, 3 or 2: y = A^T [ (G w G^T) * (B^T prologue(x) B) ] A, then the epilogue.
 //
 // Points 0, +-5/8, +-3/2, infinity for m = 4 (2.2x less error than the usual 0, +-1, +-2 at the same cost, every
-// constant exact in fp32) and 0, +-1, infinity for m = 2; at stride 2 a polyphase form (winograd_points.h). A row of
-// tiles of one image is a strip: the unit of the input transform, of work and of statistics. V
-// [n squared][tiles][channels], n products a dimension, is multiplied panel by panel into M [tile][n squared][NR],
-// which the output transform consumes while it is in L2.
+// constant exact in fp32), +-3/8, +-5/4, infinity for m = 3 and 0, +-1, infinity for m = 2; at stride 2 a polyphase
+// form (winograd_points.h). A row of tiles of one image is a strip: the unit of the input transform, of work and of
+// statistics. V [n squared][tiles][channels], n products a dimension, is multiplied panel by panel into M [tile][n
+// squared][NR], which the output transform consumes while it is in L2.
 #pragma once
 
 #include "conv.h"

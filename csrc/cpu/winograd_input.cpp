@@ -146,6 +146,7 @@ InputTransform input_transform(Algo algo, const WinogradInput& in) {
   const bool wide = in.dtype == DType::f32;
   if (algo == Algo::f2s2) return wide ? strip_for<Algo::f2s2, float>(in) : strip_for<Algo::f2s2, bf16>(in);
   if (algo == Algo::f2) return wide ? strip_for<Algo::f2, float>(in) : strip_for<Algo::f2, bf16>(in);
+  if (algo == Algo::f3) return wide ? strip_for<Algo::f3, float>(in) : strip_for<Algo::f3, bf16>(in);
   return wide ? strip_for<Algo::f4, float>(in) : strip_for<Algo::f4, bf16>(in);
 }
 

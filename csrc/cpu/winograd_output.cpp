@@ -32,7 +32,9 @@ void tile(const float* products, int nv, float* out) {
 }  // namespace
 
 OutputTransform output_transform(Algo algo) {
-  return algo == Algo::f4 ? tile<Algo::f4> : algo == Algo::f2 ? tile<Algo::f2> : tile<Algo::f2s2>;
+  if (algo == Algo::f2s2) return tile<Algo::f2s2>;
+  if (algo == Algo::f2) return tile<Algo::f2>;
+  return algo == Algo::f3 ? tile<Algo::f3> : tile<Algo::f4>;
 }
 
 }  // namespace WRN_ISA

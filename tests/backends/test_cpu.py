@@ -12,14 +12,14 @@ from kernels import oracle
 
 from wrn_fast import WideResNet, backend, native, parity
 from wrn_fast.backends import aten, cpu
-from wrn_fast.precision import precision
+from wrn_fast.precision import pin_algorithm, precision
 
 pytestmark = pytest.mark.native
 
 DTYPES = (torch.float32, torch.bfloat16)
 CASES = 24
 # "" is the policy; by it small cases seldom reach F(4x4), so each algorithm is pinned as well.
-ALGORITHMS = ("", "f4", "f2", "direct")
+ALGORITHMS = ("", "f4", "f3", "f2", "direct")
 
 
 @pytest.fixture
@@ -158,20 +158,37 @@ def test_every_instruction_set(isa, request):
     assert result.returncode == 0, result.stdout[-4000:]
 
 
-@pytest.mark.parametrize("channels", (160, 320, 640))
-@pytest.mark.parametrize("exactness, algorithm", (("fast", "f4"), ("f2", "f2")))
-def test_the_bound_of_winograd(channels, exactness, algorithm, seed):
+@pytest.mark.parametrize("channels", (32, 160, 640))
+@pytest.mark.parametrize("algorithm", ("f4", "f3", "f2"))
+def test_the_bound_of_winograd(channels, algorithm, seed):
     """relu(normal) input and normal filters, as wide as the widest network: fprop and dgrad within the stated bound."""
     case = oracle.draw(
         seed, torch.float32, taps=(3, 3), stride=1, pad=(1, 1, 1, 1), N=2, H=8, W=8, C=channels, K=channels, act="relu",
         prologue=True, affine=False, batch_stats=False, drop_at="none", p=0.0, bias=False, residual=False, short_C=0,
         short_prologue=False, act_out="none", want_y=True, want_stats=True,
     )  # fmt: skip
-    with precision(exactness):
+    with pin_algorithm(algorithm):
         assert cpu._plan(case.problem).fprop_algo == algorithm
         y, g = fprop(cpu, case)[0], dgrad(cpu, case)[0]
     assert parity.error(y, oracle.fprop(case)[0]) <= parity.WINOGRAD[algorithm]
     assert parity.error(g, oracle.gradients(case)[0]) <= parity.WINOGRAD[algorithm]
+
+
+@pytest.mark.parametrize("algorithm", ("f4", "f3", "f2", "direct"))
+def test_errors_of_a_convolution_have_no_direction(algorithm, seed):
+    """The part of fprop's and dgrad's error that scales the whole output is what deep networks would add up."""
+    case = oracle.draw(
+        seed, torch.float32, taps=(3, 3), stride=1, pad=(1, 1, 1, 1), N=8, H=16, W=16, C=64, K=64, act="relu",
+        prologue=True, affine=False, batch_stats=False, drop_at="none", p=0.0, bias=False, residual=False, short_C=0,
+        short_prologue=False, act_out="none", want_y=True, want_stats=True,
+    )  # fmt: skip
+    with pin_algorithm(algorithm):
+        pairs = [
+            (fprop(cpu, case)[0], oracle.fprop(case)[0]),
+            (dgrad(cpu, case)[0], oracle.gradients(case)[0]),
+        ]
+    for got, want in pairs:
+        assert abs(((got - want) * want).sum() / want.square().sum()) <= parity.SCALE
 
 
 @pytest.mark.parametrize("channels", (32, 160, 320))

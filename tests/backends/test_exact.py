@@ -23,20 +23,20 @@ PADS = {"no padding": (0, 0, 0, 0), "padding 1": (1, 1, 1, 1), "right and bottom
 
 
 # Pinned, because by the policy of the cpu backend so few channels never meet Winograd.
-@pytest.mark.parametrize("algorithm, exactness", [("direct", "direct"), ("f2", "f2"), ("f4", "fast")])
+@pytest.mark.parametrize("algorithm, exactness", [("direct", "direct"), ("f2", "f2"), ("f3", "fast"), ("f4", "fast")])
 @pytest.mark.parametrize("pad", PADS)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("op", RUN)
 def test_integers_are_exact_for_every_small_image(
     backend, op, stride, pad, algorithm, exactness, seed, monkeypatch
 ):  # fmt: skip
-    """Threshold 0 without Winograd and with F(2x2), whose factors are quarters; with F(4x4), and wgrad has no other,
+    """Threshold 0 without Winograd and with F(2x2), whose factors are quarters; with F(4x4) and F(3x3), and wgrad has no other,
     an error that any misplaced element would show in full.
     """
-    if algorithm == "f2" and backend != "cpu":
-        pytest.skip(f"{backend} has no F(2x2)")
+    if algorithm in ("f2", "f3") and backend != "cpu":
+        pytest.skip(f"{backend} has no {algorithm}")
     monkeypatch.setenv("WRN_FAST_PIN_ALGO", algorithm)
-    rounded = algorithm == "f4" or (algorithm == "f2" and op == "wgrad")
+    rounded = algorithm in ("f4", "f3") or (algorithm == "f2" and op == "wgrad")
     channels = [(1, 5), (3, 1), (4, 8), (17, 3), (8, 16), (2, 33)]
     reason, distance, size = None, 0.0, 0.0
     with precision(exactness):

@@ -97,7 +97,8 @@ struct Problem {
     s.P = (s.H + s.pad_top + s.pad_bottom - s.R) / s.stride + 1;
     s.Q = (s.W + s.pad_left + s.pad_right - s.S) / s.stride + 1;
     dtype = coin() ? DType::f32 : DType::bf16;
-    algo = !winograd ? Algo::direct : static_cast<Algo>(generator() % 3);
+    const Algo square[] = {Algo::f4, Algo::f3, Algo::f2, Algo::direct};
+    algo = winograd ? square[generator() % 4] : Algo::direct;
     if (s.R == 3 && s.S == 3 && s.stride == 2 && coin()) algo = Algo::f2s2;
     threads = static_cast<int>(pick({1, 2, 3}));
   }
