@@ -137,7 +137,7 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @functools.lru_cache(maxsize=1024)
 def _positions(count: int) -> Tensor:
-    return torch.arange(min(count, SAMPLES)) * sample_step(count) % count
+    return torch.arange(min(count, SAMPLES), device="cpu") * sample_step(count) % count
 
 
 def _forget_derived(key: int) -> Callable[[weakref.ref], None]:

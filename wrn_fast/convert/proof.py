@@ -41,7 +41,8 @@ def prove(model: nn.Module, x: Tensor, restore: Callable[[nn.Module], nn.Module]
         raise WrnFastError(f"`check`: expected a floating tensor that the model takes, got {type(x).__name__}")
     noise = torch.Generator(device="cpu").manual_seed(0)
     inputs = [x.detach()] + [
-        x.detach() * (1 + 0.05 * torch.randn(x.shape, generator=noise)).to(x) for _ in range(parity.SEEDS - 1)
+        x.detach() * (1 + 0.05 * torch.randn(x.shape, generator=noise, device="cpu")).to(x)
+        for _ in range(parity.SEEDS - 1)
     ]
     for training in (False, True) if x.shape[0] > 1 else (False,):
         eager, fast = restore(copy.deepcopy(model)).train(training), copy.deepcopy(model).train(training)
