@@ -142,11 +142,11 @@ def test_layouts_and_views_of_the_input_agree():
 
 def test_empty_batch():
     for training in (True, False):
-        _, fast = pair()
-        before = copy.deepcopy(fast.state_dict())
+        ref, fast = pair()
+        ref.train(training)(torch.empty(0, 3, 32, 32))
         out, feature = fast.train(training)(torch.empty(0, 3, 32, 32))
         assert out.shape == (0, 4) and feature.shape == (0, 64)
-        for name, value in before.items():
+        for name, value in ref.state_dict().items():
             assert torch.equal(fast.state_dict()[name], value), name
 
 
@@ -313,6 +313,26 @@ def test_reparametrized_convolutions(wrap, seed):
             getattr(parametrizations, wrap)(conv)
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     assert worst(fast(x), ref(x)) <= FLOAT64
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("change", ["stem", "spectral stem", "norms"])
+def test_parts_that_users_exchange(change, training, seed):
+    """A stem round conv1, a reparametrized one (a read is a step of the power iteration), other normalisation."""
+    ref, fast = pair(10, 4, 1, dtype=torch.float64)
+    for model in (ref, fast):
+        torch.manual_seed(seed)
+        if change == "stem":
+            model.conv1 = nn.Sequential(nn.InstanceNorm2d(3), model.conv1)
+        elif change == "spectral stem":
+            parametrizations.spectral_norm(model.conv1)
+        else:
+            for block in (group.layer[0] for group in (model.block1, model.block2, model.block3)):
+                block.bn1 = nn.GroupNorm(4, block.bn1.num_features).double()
+        model.train(training)
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    for _ in range(2):
+        assert worst(fast(x), ref(x)) <= FLOAT64
 
 
 def test_deepcopy_and_pickle_keep_the_fast_class():

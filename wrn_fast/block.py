@@ -120,12 +120,14 @@ def uses_batch_stats(bn: nn.BatchNorm2d) -> bool:
 
 def update_running(bn: nn.BatchNorm2d, stats: Tensor, x: Tensor) -> None:
     """Move the running statistics by the batch's, as BatchNorm2d does; x [N, C, H, W] gives the number of values."""
-    if x.numel() == 0 or not (bn.training and bn.track_running_stats) or bn.running_mean is None:
+    if not (bn.training and bn.track_running_stats) or bn.running_mean is None:
         return
     n = x.numel() // x.shape[1]
     with torch.no_grad():
         if bn.num_batches_tracked is not None:
             bn.num_batches_tracked.add_(1)
+        if n == 0:  # an empty batch is counted, and moves nothing
+            return
         dtype = bn.running_mean.dtype
         # momentum None averages all batches; 1 / count stays a tensor, so that nothing waits for the device
         factor: Any = bn.momentum if bn.momentum is not None else 1.0 / bn.num_batches_tracked.to(dtype)  # type: ignore[union-attr]
