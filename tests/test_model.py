@@ -8,8 +8,8 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from models import outputs, pair, worst
 from torch import nn
-from torch.nn.utils import parametrizations, prune
 
 import wrn_fast
 from benchmarks.memory import saved_bytes
@@ -19,33 +19,6 @@ from wrn_fast.errors import WrnFastError
 from wrn_fast.parity import FLOAT64, Pool, error
 
 HEADS = reference.HEADS
-
-
-def shake(model):
-    """Random BatchNorm parameters and statistics: the initial 1, 0, 0, 1 hide faults."""
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.uniform_(m.weight, 0.5, 1.5)
-            nn.init.normal_(m.bias, 0.0, 0.3)
-            m.running_mean.normal_(0.0, 0.3)
-            m.running_var.uniform_(0.5, 2.0)
-    return model
-
-
-def pair(depth=10, classes=4, width=1, dropRate=0.0, dtype=torch.float32, **options):
-    """A shaken reference and a drop-in with its weights."""
-    ref = shake(reference.WideResNet(depth, classes, width, dropRate, **options)).to(dtype)
-    fast = wrn_fast.WideResNet(depth, classes, width, dropRate, **options).to(dtype)
-    fast.load_state_dict(ref.state_dict(), strict=True)
-    return ref, fast
-
-
-def outputs(result):
-    return result if isinstance(result, tuple) else (result,)
-
-
-def worst(got, want):
-    return max(error(a, b) for a, b in zip(outputs(got), outputs(want), strict=True))
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -299,40 +272,6 @@ def test_one_leaky_activation_in_a_block_with_a_shortcut(leaky):
     stages = [s._replace(act=("leaky_relu", 0.3)) if i == leaky else s for i, s in enumerate(parts.stages, 1)]
     x = torch.randn(2, 16, 9, 7, dtype=torch.float64)
     assert error(run_block(parts._replace(stages=tuple(stages)), x, None)[0], ref.block2.layer[0](x)) <= FLOAT64
-
-
-@pytest.mark.parametrize("wrap", ["weight_norm", "spectral_norm", "prune"])
-def test_reparametrized_convolutions(wrap, seed):
-    ref, fast = pair(10, 4, 1, dtype=torch.float64)
-    for model in (ref.eval(), fast.eval()):
-        torch.manual_seed(seed)
-        conv = model.block2.layer[0].conv1
-        if wrap == "prune":
-            prune.l1_unstructured(conv, "weight", 0.5)
-        else:
-            getattr(parametrizations, wrap)(conv)
-    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    assert worst(fast(x), ref(x)) <= FLOAT64
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("change", ["stem", "spectral stem", "norms"])
-def test_parts_that_users_exchange(change, training, seed):
-    """A stem round conv1, a reparametrized one (a read is a step of the power iteration), other normalisation."""
-    ref, fast = pair(10, 4, 1, dtype=torch.float64)
-    for model in (ref, fast):
-        torch.manual_seed(seed)
-        if change == "stem":
-            model.conv1 = nn.Sequential(nn.InstanceNorm2d(3), model.conv1)
-        elif change == "spectral stem":
-            parametrizations.spectral_norm(model.conv1)
-        else:
-            for block in (group.layer[0] for group in (model.block1, model.block2, model.block3)):
-                block.bn1 = nn.GroupNorm(4, block.bn1.num_features).double()
-        model.train(training)
-    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    for _ in range(2):
-        assert worst(fast(x), ref(x)) <= FLOAT64
 
 
 def test_deepcopy_and_pickle_keep_the_fast_class():
