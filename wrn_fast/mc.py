@@ -127,7 +127,7 @@ def _dropping(model: nn.Module) -> Iterator[None]:
             switches.append((m, "training"))
         elif isinstance(m, reference.BasicBlock) and m.droprate > 0:
             switches.append((m, "dropout_in_eval"))
-        elif isinstance(m, FastUserBlock):
+        elif isinstance(m, FastUserBlock) and "_fast_recipe" in m.__dict__:
             template = m.__dict__["_fast_recipe"].template
             if template is not None and template.drop is not None and template.drop.follows in ("block", "always"):
                 switches.append((m, "training"))  # type: ignore[arg-type]

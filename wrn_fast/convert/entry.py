@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from wrn_fast.block import FastBlock
 from wrn_fast.convert.proof import prove
-from wrn_fast.convert.recipe import Recipe
+from wrn_fast.convert.recipe import OWN, Recipe
 from wrn_fast.convert.recognise import candidates, listener
 from wrn_fast.convert.report import Report
 from wrn_fast.convert.swap import (
@@ -103,7 +103,7 @@ def report(model: nn.Module) -> Report:
     why: dict[str, str] = {}
     accelerated, left = [], []
     for name, module in model.named_modules():
-        if isinstance(module, _BLOCKS) and "_fast_off" not in module.__dict__:
+        if isinstance(module, _BLOCKS) and "_fast_off" not in module.__dict__ and "_fast_recipe" in module.__dict__:
             heard = listener(module)  # type: ignore[arg-type]
             accelerated.append(name)
             why[name] = f"{module.__dict__['_fast_recipe']}{'; ' + heard if heard else ''}"
@@ -126,14 +126,15 @@ def _survey(model: nn.Module) -> dict[str, tuple[nn.Module, Recipe]]:
     found: dict[str, tuple[nn.Module, Recipe]] = {}
     done: set[int] = set()
     for name, module in candidates(model):
-        if isinstance(module, FastBlock) and not isinstance(module, Swapped):
-            done |= {id(m) for m in module.modules()}
-            continue
+        # Blocks alone: two of them may share an activation or a convolution.
         if any(id(m) in done for m in module.modules()):
+            continue
+        if isinstance(module, FastBlock) and not isinstance(module, Swapped):
+            done.add(id(module))
             continue
         recipe = _recipe(module)
         if recipe.template is not None:
-            done |= {id(m) for m in module.modules()}
+            done.add(id(module))
             # What was tried inside it was a part of it.
             found = {n: pair for n, pair in found.items() if not n.startswith(f"{name}." if name else "")}
         inside = [n for n in found if not name or n.startswith(f"{name}.")]
@@ -186,7 +187,7 @@ def _plain(module: nn.Module) -> None:
     """The user's class again; where another class was put in front, the fast road is closed instead."""
     if "_fast_plain" in type(module).__dict__:
         module.__class__ = type(module)._fast_plain  # type: ignore[attr-defined]
-        module.__dict__.pop("_fast_recipe", None)
-        module.__dict__.pop("_fast_off", None)
+        for name in OWN:
+            module.__dict__.pop(name, None)
     else:
         module.__dict__["_fast_off"] = True

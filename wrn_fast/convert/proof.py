@@ -49,7 +49,7 @@ def prove(model: nn.Module, x: Tensor, restore: Callable[[nn.Module], nn.Module]
         eager = eager.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         oracle = restore(copy.deepcopy(model)).double().train(training)
         for module in fast.modules():
-            if isinstance(module, FastUserBlock):
+            if isinstance(module, FastUserBlock) and "_fast_recipe" in module.__dict__:
                 recipe = module.__dict__["_fast_recipe"]
                 template = recipe.template._replace(drop=None)
                 module.__dict__["_fast_recipe"] = recipe._replace(template=template)

@@ -16,7 +16,7 @@ from torch import nn
 
 from wrn_fast.block import hooked, plain_conv
 from wrn_fast.convert.bottleneck import looks_like, recognise_bottleneck
-from wrn_fast.convert.recipe import INTERNAL, SIMPLE, Recipe, attributes, inner
+from wrn_fast.convert.recipe import INTERNAL, SIMPLE, Recipe, attributes, content, inner
 from wrn_fast.convert.recording import Book, Recording, custom_functions, record, set_flags, skeleton
 from wrn_fast.convert.templates import Drop, Roles, Template, acts, templates
 
@@ -141,10 +141,10 @@ class _Recogniser:
                 return f"the forward of a {type(module).__name__} inside is replaced on the instance"
         return ""
 
-    def attributes(self) -> dict[tuple[int, str], int]:
-        """Identity of every attribute of the copy, but for PyTorch's own."""
+    def attributes(self) -> dict[tuple[int, str], tuple]:
+        """Identity and content of every attribute of the copy, but for PyTorch's own."""
         return {
-            (i, name): id(value)
+            (i, name): (id(value), content(value))
             for i, module in enumerate([self.twin, *self.inner])
             if module is not None
             for name, value in module.__dict__.items()
