@@ -201,7 +201,7 @@ def test_arguments_that_do_not_fit_each_other(name, changed):
 
 
 def test_dropout_without_rng_is_refused_by_the_raw_operator():
-    with pytest.raises(WrnFastError, match="`rng`: expected int64"):
+    with pytest.raises(WrnFastError, match="`rng`: expected dense int64"):
         raw({**good(), "rng": None})
 
 
@@ -299,6 +299,7 @@ BAD = [
     ("dropout", "x", torch.randn(C, H, W)),
     ("dropout", "rng", torch.rand(2)),
     ("dropout", "rng", torch.tensor([1, 2, 3])),
+    ("dropout", "rng", torch.arange(4)[::2]),
     ("dropout", "p", NAN),
     ("dropout", "p", 1.5),
 ]  # fmt: skip

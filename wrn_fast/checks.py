@@ -115,9 +115,10 @@ def check_prologue(suffix: str, x: Tensor, stats: Tensor | None, gamma: Tensor |
 def check_rng(rng: Tensor | None, x: Tensor, p: float, drop_at: str) -> None:
     if p == 0.0 or drop_at == "none":
         return
-    if rng is None or rng.dtype != torch.int64 or tuple(rng.shape) != (2,) or rng.device != x.device:
-        got = "None" if rng is None else f"{rng.dtype} {list(rng.shape)} on {rng.device}"
-        raise WrnFastError(f"`rng`: expected int64 [2] (seed, offset) on {x.device} for dropout p={p}, got {got}")
+    wanted = (torch.int64, (2,), (1,), x.device)
+    if rng is None or (rng.dtype, tuple(rng.shape), rng.stride(), rng.device) != wanted:
+        got = "None" if rng is None else f"{rng.dtype} {list(rng.shape)} of stride {list(rng.stride())} on {rng.device}"
+        raise WrnFastError(f"`rng`: expected dense int64 [2] (seed, offset) on {x.device} for dropout p={p}, got {got}")
 
 
 def _pad(pad: Sequence[int]) -> tuple[int, int, int, int]:
