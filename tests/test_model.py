@@ -235,7 +235,9 @@ def test_groups_and_blocks_called_by_hand():
     assert error(fast.block1.layer[0](y), ref.block1.layer[0](y)) <= FLOAT64
 
 
-@pytest.mark.parametrize("flag", ["frozen", "untracked", "momentum None", "momentum 0", "no affine", "replaced act"])
+@pytest.mark.parametrize(
+    "flag", ["frozen", "untracked", "momentum None", "no count", "momentum 0", "no affine", "replaced act"]
+)
 def test_batch_norm_flags_are_read_per_call(flag):
     ref, fast = pair(16, 4, 1, dtype=torch.float64)
     for model in (ref.train(), fast.train()):
@@ -248,6 +250,8 @@ def test_batch_norm_flags_are_read_per_call(flag):
                 m.track_running_stats = False
             elif flag == "momentum None":
                 m.momentum = None
+            elif flag == "no count":
+                m.momentum = m.num_batches_tracked = None
             elif flag == "momentum 0":
                 m.momentum = 0.0
             elif flag == "no affine" and "bn2" in name:

@@ -128,7 +128,7 @@ class _Fprop(torch.autograd.Function):
         grads: dict[str, Tensor | None] = {}
         if dy is not None:
             wanted = {name for i, name in enumerate(TENSORS) if name in DIFFERENTIABLE and _is_wanted(ctx, i)}
-            if torch.is_grad_enabled() or _is_many(dy):
+            if wanted and (torch.is_grad_enabled() or _is_many(dy)):
                 grads = _in_aten(ctx, dy, wanted)
             else:
                 with dispatch.take_over(ctx.selection), take_over_precision(ctx.precision):

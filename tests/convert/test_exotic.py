@@ -129,3 +129,27 @@ def test_a_new_object_of_a_fast_class_computes_plainly_until_it_is_accelerated()
     assert mc_predict(model, x, 2).mean.shape == (2, 10)
     assert fprops(accelerate(model, check=x), x) == 6
     assert type(pickle.loads(pickle.dumps(model.block1.layer[0]))) is family_x.BasicBlock
+
+
+class Switched(Configured):
+    """A flag and a method that may be exchanged, on the class or on one object."""
+
+    use = True
+
+    def body(self, x):
+        return self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x))))))
+
+    def forward(self, x):
+        return x + self.body(x) if self.use else x
+
+
+@pytest.mark.parametrize("name, value", [("use", False), ("body", lambda *args: torch.zeros_like(args[-1]))])
+@pytest.mark.parametrize("where", ["class", "base", "object"])
+def test_flags_and_methods_that_are_exchanged_later_are_noticed(name, value, where, monkeypatch):
+    Block = type("Block", (Switched,), {}) if where == "base" else Switched
+    block, x = accelerate(randomised(Block(None)).double(), require=True), image()
+    before = block(x)
+    monkeypatch.setattr(block if where == "object" else Switched, name, value, raising=False)
+    assert torch.equal(block(x), x)
+    monkeypatch.undo()
+    assert torch.equal(block(x), before) and fprops(block, x) == 2

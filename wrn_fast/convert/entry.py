@@ -152,7 +152,7 @@ def _recipe(module: nn.Module) -> Recipe:
         kept = None if "_fast_plain" in type(module).__dict__ else module.__dict__.get("_fast_recipe")  # type: ignore[attr-defined]
         return recipe_of(module) if kept is None else kept  # type: ignore[arg-type]
     reason = unswappable(module)
-    return Recipe((), (), None, reason) if reason else recipe_of(module)
+    return Recipe((), (), None, frozenset(), (), reason) if reason else recipe_of(module)
 
 
 def _chains(model: nn.Module) -> list[nn.Module]:

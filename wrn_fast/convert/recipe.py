@@ -35,6 +35,8 @@ class Recipe(NamedTuple):
     types: tuple[type, ...]
     watched: tuple[tuple[int, str, Any], ...]  # (submodule or -1, attribute, value)
     forward: Any
+    names: frozenset[str]  # of the block's own attributes
+    classes: tuple[tuple[type, dict[str, Any]], ...]  # what the block's class and its bases define
     reason: str = ""
     template: Any = None  # Template, or bottleneck.Bottleneck
     roles: tuple[int, int, int, int, int | None] = (0, 0, 0, 0, None)
@@ -56,6 +58,12 @@ class Recipe(NamedTuple):
             where = "after the second activation" if t.drop.at == "prologue" else "before the second BatchNorm"
             words.append(f"dropout {t.drop.p:g} {where}" + (", in eval too" if t.drop.follows == "always" else ""))
         return ", ".join(words)
+
+
+def made_for(block: nn.Module, forward: Any, modules: list[nn.Module | None]) -> Recipe:
+    """What a block is by everything but its data flow; no template yet."""
+    types, watched = tuple(map(type, modules)), attributes([block, *modules], False)
+    return Recipe(types, watched, forward, _names(block), classes(block))
 
 
 def inner(module: nn.Module) -> list[nn.Module | None]:
@@ -109,8 +117,24 @@ def attributes(modules: list[nn.Module | None], everything: bool) -> tuple[tuple
     )
 
 
+def _names(block: nn.Module) -> frozenset[str]:
+    found = {name for name, value in block.__dict__.items() if not isinstance(value, torch.Tensor)}
+    return frozenset(found - INTERNAL - OWN)
+
+
+def classes(block: nn.Module) -> tuple[tuple[type, dict[str, Any]], ...]:
+    """The user's classes of a block, below nn.Module, each with its methods and flags: they may be exchanged."""
+    plain: type = getattr(type(block), "_fast_plain", type(block))
+    return tuple((c, dict(vars(c))) for c in plain.__mro__ if c not in nn.Module.__mro__)
+
+
 def fits(recipe: Recipe, block: nn.Module, modules: list[nn.Module | None]) -> bool:
     """Is the block what it was when the recipe was made?"""
+    # A compiler traces what follows, but cannot trace this.
+    if not torch.compiler.is_compiling() and (
+        _names(block) != recipe.names or any(vars(c) != defined for c, defined in recipe.classes)
+    ):
+        return False
     if recipe.types != tuple(map(type, modules)):
         return False
     for i, name, value in recipe.watched:
