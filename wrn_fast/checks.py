@@ -10,7 +10,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wrn_fast import masks
 from wrn_fast.errors import WrnFastError
@@ -24,6 +24,12 @@ _KINDS: dict[str, tuple[type, str]] = {
     **dict.fromkeys(("act", "drop_at", "short_act", "act_out"), (str, "a string")),
     **dict.fromkeys(("batch_stats", "short_batch_stats", "want_y", "want_stats"), (bool, "a bool")),
 }
+
+
+def check_model(model: object, name: str = "model") -> None:
+    """A module: what every function that takes a network begins with."""
+    if not isinstance(model, nn.Module):
+        raise WrnFastError(f"`{name}`: expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def check_types(named: Mapping[str, Any]) -> None:

@@ -23,6 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from wrn_fast.checks import check_model
+
 SAMPLES = 64
 
 
@@ -163,11 +165,18 @@ def refresh(model: nn.Module | None = None) -> None:
 
     Needed only after an edit that hides from PyTorch's version counter and touches a few elements, such as
     `model.conv1.weight.data[0, 0, 0, 0] = 0`.
+
+    Args:
+        model: any module; None: every model.
+
+    Raises:
+        WrnFastError: `model` is neither.
     """
     if model is None:
         _entries.clear()
         _derived.clear()
         return
+    check_model(model)
     for w in model.parameters():
         _entries.pop(id(w), None)
         _derived.pop(id(w), None)

@@ -7,6 +7,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from wrn_fast.block import FastBlock
+from wrn_fast.checks import check_model
 from wrn_fast.convert.proof import prove
 from wrn_fast.convert.recipe import OWN, Recipe
 from wrn_fast.convert.recognise import candidates, listener
@@ -54,8 +55,7 @@ def accelerate(model: Model, *, check: Tensor | None = None, require: bool = Fal
     masks come from a counter-based generator, so they differ from PyTorch's for the same seed.
     Source: Zagoruyko and Komodakis, Wide Residual Networks (BMVC 2016), figure 1.
     """
-    if not isinstance(model, nn.Module):
-        raise WrnFastError(f"`model`: expected a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     blocks = {name: module for name, (module, recipe) in _survey(model).items() if recipe.template is not None}
     if require and not blocks and not any(isinstance(m, (FastBlock, FastBottleneck)) for m in model.modules()):
         raise WrnFastError(f"`model`: expected at least one residual block that is recognised\n{report(model)}")
@@ -84,7 +84,11 @@ def restore(model: Model) -> Model:
 
     Returns:
         The same object.
+
+    Raises:
+        WrnFastError: `model` is no module.
     """
+    check_model(model)
     for module in model.modules():
         if isinstance(module, Swapped):
             _plain(module)  # type: ignore[arg-type]
@@ -99,7 +103,11 @@ def report(model: nn.Module) -> Report:
 
     Returns:
         Report: accelerated, left, why; `print` it.
+
+    Raises:
+        WrnFastError: `model` is no module.
     """
+    check_model(model)
     why: dict[str, str] = {}
     accelerated, left = [], []
     for name, module in model.named_modules():
