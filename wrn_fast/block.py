@@ -130,9 +130,8 @@ def update_running(bn: nn.BatchNorm2d, stats: Tensor, x: Tensor) -> None:
             return
         dtype = bn.running_mean.dtype
         # momentum None averages all batches; 1 / count stays a tensor, so that nothing waits for the device
-        factor: Any = bn.momentum
-        if factor is None:  # BatchNorm2d's: without a count nothing moves
-            factor = 0.0 if bn.num_batches_tracked is None else 1.0 / bn.num_batches_tracked.to(dtype)
+        count = bn.num_batches_tracked
+        factor: Any = bn.momentum if bn.momentum is not None else 0.0 if count is None else 1.0 / count.to(dtype)
         mean, var = stats.unbind()
         # In one call, so that a KeyboardInterrupt finds both moved or neither.
         torch._foreach_lerp_(
