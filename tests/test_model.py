@@ -236,7 +236,8 @@ def test_groups_and_blocks_called_by_hand():
 
 
 @pytest.mark.parametrize(
-    "flag", ["frozen", "untracked", "momentum None", "no count", "momentum 0", "no affine", "replaced act"]
+    "flag",
+    ["frozen", "untracked", "momentum None", "no count", "count alone", "momentum 0", "no affine", "replaced act"],
 )
 def test_batch_norm_flags_are_read_per_call(flag):
     ref, fast = pair(16, 4, 1, dtype=torch.float64)
@@ -250,6 +251,8 @@ def test_batch_norm_flags_are_read_per_call(flag):
                 m.track_running_stats = False
             elif flag == "momentum None":
                 m.momentum = None
+            elif flag == "count alone":
+                m.running_mean = m.running_var = None
             elif flag == "no count":
                 m.momentum = m.num_batches_tracked = None
             elif flag == "momentum 0":
