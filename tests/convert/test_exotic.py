@@ -11,7 +11,7 @@ from convert.networks import assert_equal, calls, observe, randomised, twins
 from families import family_x
 from torch import nn
 
-from wrn_fast import mc_predict
+from wrn_fast import WrnFastError, mc_predict
 from wrn_fast.convert import accelerate, report, restore
 
 DOUBLE = torch.float64
@@ -153,3 +153,12 @@ def test_flags_and_methods_that_are_exchanged_later_are_noticed(name, value, whe
     assert torch.equal(block(x), x)
     monkeypatch.undo()
     assert torch.equal(block(x), before) and fprops(block, x) == 2
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_script_says_what_to_do():
+    model = accelerate(nn.Sequential(family_x.BasicBlock(16, 16, 1))).eval()
+    with pytest.raises(WrnFastError, match=r"torch\.jit\.script.*wrn_fast\.restore"):
+        torch.jit.script(model)
+    x = image().float()
+    assert torch.jit.trace(model, x)(x).shape == x.shape

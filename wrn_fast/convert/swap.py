@@ -20,6 +20,7 @@ from wrn_fast.convert.bottleneck import Bottleneck, Pair, run_bottleneck
 from wrn_fast.convert.recipe import OWN, Recipe, fits, inner
 from wrn_fast.convert.recognise import recognise
 from wrn_fast.convert.templates import Template
+from wrn_fast.errors import WrnFastError
 
 _fast_classes: dict[tuple[type, type], type] = {}
 _known: dict[tuple, Recipe] = {}
@@ -61,6 +62,12 @@ class Swapped:
             # pickle insists that __newobj__ names type(self); this older function may name another class
             function, arguments = copyreg._reconstructor, (arguments[0], object, None)  # type: ignore[attr-defined]
         return (function, arguments, *rest)
+
+    def __prepare_scriptable__(self) -> Any:
+        """What torch.jit.script asks first."""
+        raise WrnFastError(
+            "`model`: expected plain blocks for torch.jit.script, got accelerated ones: wrn_fast.restore(model) first"
+        )
 
     def __copy__(self) -> Any:
         new = copy.copy(self._as_plain())
