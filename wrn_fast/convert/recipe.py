@@ -35,7 +35,7 @@ class Recipe(NamedTuple):
     types: tuple[type, ...]
     watched: tuple[tuple[int, str, Any], ...]  # (submodule or -1, attribute, value)
     forward: Any
-    names: frozenset[str]  # of the block's own attributes
+    defaults: frozenset[str]  # names that the block's classes define and the block does not
     classes: tuple[tuple[type, dict[str, Any]], ...]  # what the block's class and its bases define
     reason: str = ""
     template: Any = None  # Template, or bottleneck.Bottleneck
@@ -62,8 +62,9 @@ class Recipe(NamedTuple):
 
 def made_for(block: nn.Module, forward: Any, modules: list[nn.Module | None]) -> Recipe:
     """What a block is by everything but its data flow; no template yet."""
-    types, watched = tuple(map(type, modules)), attributes([block, *modules], False)
-    return Recipe(types, watched, forward, _names(block), classes(block))
+    types, watched, defined = tuple(map(type, modules)), attributes([block, *modules], False), classes(block)
+    defaults = {name for _, names in defined for name in names} - block.__dict__.keys()
+    return Recipe(types, watched, forward, frozenset(defaults), defined)
 
 
 def inner(module: nn.Module) -> list[nn.Module | None]:
@@ -117,11 +118,6 @@ def attributes(modules: list[nn.Module | None], everything: bool) -> tuple[tuple
     )
 
 
-def _names(block: nn.Module) -> frozenset[str]:
-    found = {name for name, value in block.__dict__.items() if not isinstance(value, torch.Tensor)}
-    return frozenset(found - INTERNAL - OWN)
-
-
 def classes(block: nn.Module) -> tuple[tuple[type, dict[str, Any]], ...]:
     """The user's classes of a block, below nn.Module, each with its methods and flags: they may be exchanged."""
     plain: type = getattr(type(block), "_fast_plain", type(block))
@@ -132,7 +128,7 @@ def fits(recipe: Recipe, block: nn.Module, modules: list[nn.Module | None]) -> b
     """Is the block what it was when the recipe was made?"""
     # A compiler traces what follows, but cannot trace this.
     if not torch.compiler.is_compiling() and (
-        _names(block) != recipe.names or any(vars(c) != defined for c, defined in recipe.classes)
+        not recipe.defaults.isdisjoint(block.__dict__) or any(vars(c) != names for c, names in recipe.classes)
     ):
         return False
     if recipe.types != tuple(map(type, modules)):
