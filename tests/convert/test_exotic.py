@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -162,3 +163,14 @@ def test_script_says_what_to_do():
         torch.jit.script(model)
     x = image().float()
     assert torch.jit.trace(model, x)(x).shape == x.shape
+
+
+def test_a_function_with_arguments_that_is_exchanged_is_noticed():
+    class Leaky(Configured):
+        def forward(self, x):
+            return x + self.conv2(self.config(self.bn2(self.conv1(self.config(self.bn1(x))))))
+
+    block, x = accelerate(Leaky(partial(F.leaky_relu, negative_slope=0.1)).double(), require=True), image()
+    before = block(x)
+    block.config = partial(F.leaky_relu, negative_slope=0.2)
+    assert not torch.equal(block(x), before) and fprops(block, x) == 2

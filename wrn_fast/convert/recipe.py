@@ -88,6 +88,8 @@ def content(value: Any, depth: int = 2) -> tuple | None:
             items = list(vars(value).items())
         except TypeError:
             return None
+        if not items:  # functools.partial, say, which keeps what it has elsewhere
+            return None
     found = []
     for key, v in items:
         within = content(v, depth - 1) if depth > 1 else None
