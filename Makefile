@@ -5,6 +5,7 @@
 #   make lint      ruff, mypy, clang-format; make format lets ruff and clang-format rewrite
 #   make bench     python -m benchmarks, with the options in ARGS, for example ARGS=--help
 #   make clean     removes .venv and everything built
+#   make help      these lines
 # PYTHON is the interpreter of a new .venv. TORCH is what pip is asked for: 2.13.0 where there is no NVIDIA driver, else
 # any from 2.11. On PyPI's Linux x86-64 that wheel carries CUDA libraries even for a CPU; to have the small CPU build,
 # let pip use PyTorch's CPU index (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL or pip.conf) or say TORCH=path/to/torch.whl.
@@ -24,7 +25,10 @@ CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name 
 # Recompiles what changed since the install, and says again why an extension cannot be built.
 BUILD := $(PY) setup.py --quiet build_ext --inplace
 
-.PHONY: demo test test-all lint format bench clean
+.PHONY: help demo test test-all lint format bench clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
 
 demo: $(VENV)/demo.stamp
 	@$(BUILD)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 import time
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -37,6 +39,7 @@ from benchmarks.cases import (
 )
 from benchmarks.peers import FAST, PEERS, Peer
 from benchmarks.runner import run_case
+from wrn_fast import native
 
 RESULTS = machine.ROOT / "benchmarks" / "results"
 DOCUMENT = machine.ROOT / "docs" / "benchmarks.md"
@@ -89,6 +92,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error("--batch, --threads and --reps must be at least 1")
     if args.against is not None and args.compare is None:
         parser.error("--against needs --compare")
+    if (args.plot or args.roofline) and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot and --roofline need matplotlib: pip install matplotlib")
     args.custom = args.depth is not None or args.parts is not None
     if args.custom and args.width is None:
         parser.error("--depth and --parts need --width")
@@ -131,6 +136,13 @@ def warn_if_busy(console: Console) -> None:
         console.print(f"[bold yellow]This machine is busy: other processes use {neighbours.cores:.1f} cores.")
 
 
+def warn_if_plain(console: Console, device: str) -> None:
+    """In a checkout the wrn_fast beside the benchmarks runs, not an installed one; its kernels may be missing."""
+    reason = native.load()[1]
+    if device == "cpu" and reason is not None:
+        console.print(f"[bold yellow]wrn_fast runs on plain PyTorch here: {escape(reason)}", highlight=False)
+
+
 def progress_bar(console: Console) -> Progress:
     """Spinner, bar, cases, time so far and left, and what is going on."""
     return Progress(
@@ -155,6 +167,7 @@ def measure(args: argparse.Namespace, arguments: Sequence[str], console: Console
     head["load before"] = f"{machine.load():.2f}"
     report.print_head(console, head)
     warn_if_busy(console)
+    warn_if_plain(console, args.device)
     if note:
         console.print(f"[dim]{note}", highlight=False)
     budget = args.budget if args.budget is not None else None if args.custom else BUDGETS.get(args.preset)

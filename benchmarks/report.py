@@ -32,6 +32,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.cases import TASKS
@@ -120,7 +121,7 @@ def print_head(console: Console, head: dict[str, str]) -> None:
     """Machine, versions, commit, command."""
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, words in head.items():
-        table.add_row(f"[bold]{name}", words)
+        table.add_row(f"[bold]{name}", escape(words))
     console.print(table)
 
 
@@ -146,7 +147,7 @@ def print_row(console: Console, row: dict[str, Any], said: set[tuple[str, str]])
         sentence = (absent["name"], absent["reason"])
         if sentence not in said:
             said.add(sentence)
-            console.print(f"  [dim]{absent['name']}: {absent['reason']}", highlight=False)
+            console.print(f"  [dim]{absent['name']}: {escape(absent['reason'])}", highlight=False)
 
 
 def print_end(console: Console, report: Report) -> None:
@@ -159,7 +160,7 @@ def print_end(console: Console, report: Report) -> None:
     for case in refused(report["rows"]):
         console.print(f"[bold red]wrn_fast refused: {case}")
     for absent in report["left_out"]:
-        console.print(f"[yellow]left out: {absent['case']}: {absent['reason']}")
+        console.print(f"[yellow]left out: {absent['case']}: {escape(absent['reason'])}")
     console.print(f"[bold]{summary_line(report)}", highlight=False)
 
 

@@ -1,6 +1,7 @@
 """The benchmark suite's reports on small models: memory counters, tables, JSON, page, plot, command line."""
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from benchmarks import __main__ as command
 from benchmarks import machine, memory, peers, report
 from benchmarks.cases import TASKS, Network, twin
+from wrn_fast import native
 
 TINY = Network(10, 1)
 
@@ -111,6 +113,8 @@ def test_the_table_has_every_figure():
     ):
         assert words in text
     assert "openvino" not in printed(report.print_row, made_row(), said)
+    absent = [{"name": "openvino", "reason": "(pip install '.[bench]')", "refused": False}]
+    assert "'.[bench]'" in printed(report.print_row, made_row(missing=absent), set())
     assert "used 1.5 cores" in printed(report.print_row, made_row(neighbours_cores=1.5), said)
     assert "SGD step 12 ms" in printed(report.print_row, made_row(optimizer_ms=12.0), said)
 
@@ -199,6 +203,22 @@ def test_bad_arguments_say_what_is_expected(words, message, capsys):
     with pytest.raises(SystemExit) as stop:
         command.main(words)
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--plot", "--roofline"])
+def test_a_plot_that_cannot_be_drawn_is_refused_before_anything_is_measured(option, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--quick", option, "x.png"])
+    assert stop.value.code == 2 and "need matplotlib: pip install" in capsys.readouterr().err
+
+
+def test_plain_pytorch_in_place_of_the_kernels_is_said(monkeypatch):
+    monkeypatch.setattr(native, "load", lambda: (None, "no compiler [at all]"))
+    assert "plain PyTorch here: no compiler [at all]" in printed(command.warn_if_plain, "cpu")
+    assert not printed(command.warn_if_plain, "cuda")
+    monkeypatch.setattr(native, "load", lambda: (native, None))
+    assert not printed(command.warn_if_plain, "cpu")
 
 
 def test_list_prints_the_cases(capsys):

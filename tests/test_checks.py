@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import wrn_fast
 from wrn_fast import dispatch, functional, ops
 from wrn_fast.errors import WrnFastError
 from wrn_fast.problem import TENSORS, FpropArgs
@@ -201,7 +202,7 @@ def test_arguments_that_do_not_fit_each_other(name, changed):
 
 
 def test_dropout_without_rng_is_refused_by_the_raw_operator():
-    with pytest.raises(WrnFastError, match="`rng`: expected int64"):
+    with pytest.raises(WrnFastError, match="`rng`: expected dense int64"):
         raw({**good(), "rng": None})
 
 
@@ -299,6 +300,7 @@ BAD = [
     ("dropout", "x", torch.randn(C, H, W)),
     ("dropout", "rng", torch.rand(2)),
     ("dropout", "rng", torch.tensor([1, 2, 3])),
+    ("dropout", "rng", torch.arange(4)[::2]),
     ("dropout", "p", NAN),
     ("dropout", "p", 1.5),
 ]  # fmt: skip
@@ -335,3 +337,25 @@ def test_good_arguments_reach_a_kernel(monkeypatch):
     for op, arguments in others().items():
         getattr(ops, op)(*arguments.values())
     assert asked == ["fprop", "fprop", *others()]
+
+
+@pytest.mark.parametrize(
+    "call, name",
+    [
+        (lambda net, x: wrn_fast.accelerate(None), "model"),
+        (lambda net, x: wrn_fast.report(None), "model"),
+        (lambda net, x: wrn_fast.restore(x), "model"),
+        (lambda net, x: wrn_fast.refresh("all"), "model"),
+        (lambda net, x: wrn_fast.verify(None), "a"),
+        (lambda net, x: wrn_fast.verify(net, x), "b"),
+        (lambda net, x: wrn_fast.mc_predict(x, x, 2), "model"),
+        (lambda net, x: wrn_fast.mc_predict(net, None, 2), "x_or_loader"),
+        (lambda net, x: wrn_fast.mc_predict(net, x, 2.5), "samples"),
+        (lambda net, x: wrn_fast.mc_predict(net, x, 2, memory="1G"), "memory"),
+        (lambda net, x: wrn_fast.classic(10, 10, 1, "0.3"), "dropRate"),
+        (lambda net, x: wrn_fast.WideResNet(10, 10, 1, None), "dropRate"),
+    ],
+)
+def test_a_public_function_names_the_argument_that_is_of_another_type(call, name):
+    with pytest.raises(WrnFastError, match=f"^`{name}`: expected .* got "):
+        call(wrn_fast.classic(10, 10, 1, 0.3), torch.randn(2, 3, 32, 32))

@@ -76,6 +76,14 @@ def test_statistics_that_require_a_gradient_are_refused():
         bn_act_conv(**{**call.tensors, "stats": stats})
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_an_argument_without_a_part_in_y_gets_no_gradient(create_graph):
+    call = build({})
+    scale = torch.ones(call.tensors["w"].shape[0], requires_grad=True)
+    bn_act_conv(**call.tensors, out_scale=scale).y.sum().backward(create_graph=create_graph)
+    assert scale.grad is None
+
+
 def test_channel_stats_has_no_gradient_and_is_wide():
     x = torch.randn(2, 3, 4, 5, requires_grad=True)
     stats = channel_stats(x)

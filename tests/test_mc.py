@@ -188,7 +188,7 @@ def test_no_gradient_is_kept():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"samples": 0}, "`samples`: expected at least 1"),
+        ({"samples": 0}, "`samples`: expected an integer of at least 1"),
         ({"memory": 0}, "`memory`: expected a positive"),
         ({"x_or_loader": []}, "at least one batch"),
         ({"x_or_loader": ["x"]}, "batches of tensors, got str"),

@@ -133,6 +133,9 @@ def test_pip_install_without_a_compiler(tree, tmp_path):
     assert said.returncode == 0, said.stdout
     assert str(target) in said.stdout and "extension _cpu is not built: CXX=/none/g++" in said.stdout
     assert (target / "bin" / "wrn-fast").is_file()
+    # In a checkout the package beside setup.py comes before the installed one.
+    said = run(["-c", "import wrn_fast._build as b; print(b.missing_extension_reason('_cpu'))"], tree)
+    assert f"not built in {tree}, whose wrn_fast this is (pip install -e . there)" in said.stdout
 
 
 def test_an_explicit_wish_fails_loudly(tree):

@@ -100,6 +100,14 @@ def make_targets():
     return set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
+def test_make_alone_says_what_there_is():
+    """`make` and `make help` build nothing; every target but `help` itself is listed."""
+    for words in ([], ["help"]):
+        said = subprocess.run(["make", *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert said.returncode == 0, said.stderr
+        assert set(re.findall(r"\bmake ([a-z][\w-]*)", said.stdout)) == make_targets()
+
+
 def extras():
     block = re.search(
         r"^\[project\.optional-dependencies\]\n(.*?)^\[", (ROOT / "pyproject.toml").read_text(), re.M | re.S

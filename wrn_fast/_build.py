@@ -11,4 +11,7 @@ def missing_extension_reason(name: str) -> str:
             extension, _, reason = line.partition(": ")
             if extension == name:
                 return f"extension {name} is not built: {reason}"
+    tree = file.parents[1]
+    if (tree / "setup.py").is_file():
+        return f"extension {name} is not built in {tree}, whose wrn_fast this is (pip install -e . there)"
     return f"extension {name} is not built: no build was run for this Python (pip install . in the source tree)"

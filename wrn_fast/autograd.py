@@ -128,8 +128,8 @@ class _Fprop(torch.autograd.Function):
         grads: dict[str, Tensor | None] = {}
         if dy is not None:
             wanted = {name for i, name in enumerate(TENSORS) if name in DIFFERENTIABLE and _is_wanted(ctx, i)}
-            if torch.is_grad_enabled():
-                grads = _second_order(ctx, dy, wanted)
+            if wanted and (torch.is_grad_enabled() or _is_many(dy)):
+                grads = _in_aten(ctx, dy, wanted)
             else:
                 with dispatch.take_over(ctx.selection), take_over_precision(ctx.precision):
                     grads = _first_order(ctx, dy, wanted)
@@ -172,6 +172,11 @@ def _autograd(keyset: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 ops.LIB.impl("fprop", _autograd, "Autograd", with_keyset=True)
+
+
+def _is_many(dy: Tensor) -> bool:
+    """is_grads_batched (a Jacobian with vectorize=True) hands over many gradients as one, which no kernel serves."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(dy)
 
 
 def _is_wanted(ctx: Any, i: int) -> bool:
@@ -242,24 +247,29 @@ def _of_source(grads: dict[str, Tensor | None], wanted: set[str], dy: Tensor, so
         grads[w_name] = ops.wgrad(dy, x, stats, gamma, beta, rng, w.shape, w.dtype, stride, pad, act, slope, eps, p)
 
 
-def _second_order(ctx: Any, dy: Tensor, wanted: set[str]) -> dict[str, Tensor | None]:
-    """create_graph=True: made again in ATen, so that the gradient has a gradient. Slow and right."""
+@torch.enable_grad()
+def _in_aten(ctx: Any, dy: Tensor, wanted: set[str]) -> dict[str, Tensor | None]:
+    """create_graph=True or many dy as one: made again in ATen, where gradients have gradients and batches. Slow, right.
+
+    Only dy may be many: what stands in for arguments that were not saved is made from w.
+    """
     # Views, because one tensor may come as two arguments, and each has a gradient of its own.
     saved = {
         name: v if v is None or name not in wanted else v.view_as(v)
         for name, v in zip(TENSORS, ctx.saved_tensors, strict=True)
     }
+    like: Any = saved["w"].detach().to(dy.dtype)  # type: ignore[union-attr]
     if "bias" in wanted:
-        saved["bias"] = dy.new_zeros(dy.shape[1], dtype=ctx.bias_dtype).requires_grad_()
+        saved["bias"] = like.new_zeros(dy.shape[1], dtype=ctx.bias_dtype).requires_grad_()
     if "residual" in wanted:
-        saved["residual"] = torch.zeros_like(dy).requires_grad_()
+        saved["residual"] = like.new_zeros(dy.shape).requires_grad_()
     scales: dict[str, Tensor | None] = {}
     for suffix, shape in ctx.masked.items():
         name = f"x{suffix}"
         scales[name], saved[f"stats{suffix}"] = saved[f"stats{suffix}"], None
         # Behind relu and leaky_relu only the sign of bn(x) has a part in the gradient by x.
         mask = saved[name]
-        saved[name] = dy.new_zeros(shape) if mask is None else masks.signs(mask, shape[1], dy)
+        saved[name] = like.new_zeros(shape) if mask is None else masks.signs(mask, shape[1], like)
         saved[name].requires_grad_(name in wanted)
     y = composite(*saved.values(), *ctx.scalars)[0]
     names = sorted(wanted)

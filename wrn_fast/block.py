@@ -120,19 +120,23 @@ def uses_batch_stats(bn: nn.BatchNorm2d) -> bool:
 
 def update_running(bn: nn.BatchNorm2d, stats: Tensor, x: Tensor) -> None:
     """Move the running statistics by the batch's, as BatchNorm2d does; x [N, C, H, W] gives the number of values."""
-    if x.numel() == 0 or not (bn.training and bn.track_running_stats) or bn.running_mean is None:
+    if not (bn.training and bn.track_running_stats):
         return
     n = x.numel() // x.shape[1]
     with torch.no_grad():
         if bn.num_batches_tracked is not None:
             bn.num_batches_tracked.add_(1)
+        # Such batches are counted, and move nothing.
+        if n == 0 or bn.running_mean is None or bn.running_var is None:
+            return
         dtype = bn.running_mean.dtype
         # momentum None averages all batches; 1 / count stays a tensor, so that nothing waits for the device
-        factor: Any = bn.momentum if bn.momentum is not None else 1.0 / bn.num_batches_tracked.to(dtype)  # type: ignore[union-attr]
+        count = bn.num_batches_tracked
+        factor: Any = bn.momentum if bn.momentum is not None else 0.0 if count is None else 1.0 / count.to(dtype)
         mean, var = stats.unbind()
         # In one call, so that a KeyboardInterrupt finds both moved or neither.
         torch._foreach_lerp_(
-            [bn.running_mean, bn.running_var],  # type: ignore[list-item]
+            [bn.running_mean, bn.running_var],
             [mean.to(dtype), (var * (n / (n - 1))).to(dtype)],
             [factor, factor] if isinstance(factor, Tensor) else factor,  # type: ignore[arg-type]
         )

@@ -10,7 +10,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wrn_fast import masks
 from wrn_fast.errors import WrnFastError
@@ -24,6 +24,12 @@ _KINDS: dict[str, tuple[type, str]] = {
     **dict.fromkeys(("act", "drop_at", "short_act", "act_out"), (str, "a string")),
     **dict.fromkeys(("batch_stats", "short_batch_stats", "want_y", "want_stats"), (bool, "a bool")),
 }
+
+
+def check_model(model: object, name: str = "model") -> None:
+    """A module: what every function that takes a network begins with."""
+    if not isinstance(model, nn.Module):
+        raise WrnFastError(f"`{name}`: expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def check_types(named: Mapping[str, Any]) -> None:
@@ -115,9 +121,10 @@ def check_prologue(suffix: str, x: Tensor, stats: Tensor | None, gamma: Tensor |
 def check_rng(rng: Tensor | None, x: Tensor, p: float, drop_at: str) -> None:
     if p == 0.0 or drop_at == "none":
         return
-    if rng is None or rng.dtype != torch.int64 or tuple(rng.shape) != (2,) or rng.device != x.device:
-        got = "None" if rng is None else f"{rng.dtype} {list(rng.shape)} on {rng.device}"
-        raise WrnFastError(f"`rng`: expected int64 [2] (seed, offset) on {x.device} for dropout p={p}, got {got}")
+    wanted = (torch.int64, (2,), (1,), x.device)
+    if rng is None or (rng.dtype, tuple(rng.shape), rng.stride(), rng.device) != wanted:
+        got = "None" if rng is None else f"{rng.dtype} {list(rng.shape)} of stride {list(rng.stride())} on {rng.device}"
+        raise WrnFastError(f"`rng`: expected dense int64 [2] (seed, offset) on {x.device} for dropout p={p}, got {got}")
 
 
 def _pad(pad: Sequence[int]) -> tuple[int, int, int, int]:

@@ -112,7 +112,7 @@ def bn_act_conv(
         bias: [K], any floating dtype. residual: [N, K, P, Q], x's dtype, added to y.
         x_short, w_short: [N, Cs, Hs, Ws] and [K, Cs, 1, 1]: a second source, with a prologue of its own
             (stats_short, gamma_short, beta_short, short_eps, short_act; the slope is shared).
-        rng: int64 [2], (seed, offset) of the dropout mask; drawn from the device's default generator when None.
+        rng: dense int64 [2], (seed, offset) of the dropout mask; drawn from the device's default generator when None.
         out_scale, out_shift: [K], for the second output y_act = act_out(y * out_scale + out_shift). Inference only.
         pad: one number, or (left, right, top, bottom).
         act, short_act: "identity", "relu", "silu", "leaky_relu"; act_out also "none" (no second output).

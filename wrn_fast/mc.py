@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from wrn_fast import reference
 from wrn_fast.block import BlockParts, FastBlock, enter_block, hooked, leave_block, run_block
+from wrn_fast.checks import check_model
 from wrn_fast.convert.swap import FastUserBlock
 from wrn_fast.errors import WrnFastError
 from wrn_fast.model import NetworkBlock, WideResNet
@@ -70,17 +72,21 @@ def mc_predict(
         MCPrediction, on the device of the outputs.
 
     Raises:
-        WrnFastError: `samples` or `memory` is not positive, the model has no dropout, or returns no [N, K] outputs.
+        WrnFastError: an argument is of another type, `samples` or `memory` is not positive, the model has no dropout,
+            or it returns no [N, K] outputs.
 
     Numerics: probabilities, entropies and moments in float32 (float64 for float64 outputs), two passes.
     Source: Gal and Ghahramani, Dropout as a Bayesian Approximation (ICML 2016); Houlsby et al., Bayesian Active
     Learning (2011) for the mutual information.
     """
-    if samples < 1:
-        raise WrnFastError(f"`samples`: expected at least 1, got {samples}")
+    check_model(model)
+    if not isinstance(samples, Integral) or samples < 1:
+        raise WrnFastError(f"`samples`: expected an integer of at least 1, got {samples!r}")
     budget = MEMORY if memory is None else memory
-    if budget < 1:
-        raise WrnFastError(f"`memory`: expected a positive number of bytes, got {memory}")
+    if not isinstance(budget, Real) or budget < 1:
+        raise WrnFastError(f"`memory`: expected a positive number of bytes, got {memory!r}")
+    if not isinstance(x_or_loader, Iterable):
+        raise WrnFastError(f"`x_or_loader`: expected images or batches of them, got {type(x_or_loader).__name__}")
     model = getattr(model, "_orig_mod", model)  # flags and the measured run below would only make it compile again
     with _dropping(model), _drawing(model, generator):
         batches = [x_or_loader] if isinstance(x_or_loader, Tensor) else _tracked(x_or_loader)
@@ -127,7 +133,7 @@ def _dropping(model: nn.Module) -> Iterator[None]:
             switches.append((m, "training"))
         elif isinstance(m, reference.BasicBlock) and m.droprate > 0:
             switches.append((m, "dropout_in_eval"))
-        elif isinstance(m, FastUserBlock):
+        elif isinstance(m, FastUserBlock) and "_fast_recipe" in m.__dict__:
             template = m.__dict__["_fast_recipe"].template
             if template is not None and template.drop is not None and template.drop.follows in ("block", "always"):
                 switches.append((m, "training"))  # type: ignore[arg-type]

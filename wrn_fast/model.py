@@ -86,9 +86,12 @@ class WideResNet(reference.WideResNet):
     group_type = NetworkBlock
 
     def _check(self, x: Tensor) -> None:
-        channels = self.conv1.in_channels
         if not isinstance(x, Tensor):
             raise WrnFastError(f"`x`: expected a tensor, got {type(x).__name__}")
+        # A stem of the user's own takes what it takes; to read a parametrized weight would compute it once more.
+        if hooked(self.conv1) or not plain_conv(self.conv1):
+            return
+        channels = self.conv1.in_channels
         if x.dim() != 4 or x.shape[1] != channels:
             raise WrnFastError(f"`x`: expected shape [N, {channels}, H, W], got {list(x.shape)}")
         weight = self.conv1.weight
@@ -113,10 +116,10 @@ class WideResNet(reference.WideResNet):
             units += group.units() if isinstance(group, NetworkBlock) else [group]
         if hooked(self.conv1) or not plain_conv(self.conv1) or _has_any_global_hook():
             return run_chain(units, self.conv1(x))
-        first = units[0]
+        bn = units[0].bn1 if isinstance(units[0], BasicBlock) else None
         y, stats, _ = bn_act_conv(
             x, self.conv1.weight, bias=self.conv1.bias, act="identity", stride=self.conv1.stride[0],
-            pad=padding(self.conv1), want_stats=isinstance(first, BasicBlock) and uses_batch_stats(first.bn1),
+            pad=padding(self.conv1), want_stats=type(bn) is nn.BatchNorm2d and uses_batch_stats(bn),
         )  # fmt: skip
         return run_chain(units, y, stats if stats.numel() else None)
 

@@ -74,9 +74,9 @@ def floats(count: int) -> Tensor:
     """[count] float32, on huge pages where it is large."""
     page = extension().HUGE_PAGE
     if 4 * count < page:
-        return torch.empty(count)
+        return torch.empty(count, dtype=torch.float32, device="cpu")
     whole = (4 * count + page - 1) // page * page
-    memory = torch.empty((whole + page) // 4)
+    memory = torch.empty((whole + page) // 4, dtype=torch.float32, device="cpu")
     memory = memory[-memory.data_ptr() % page // 4 :]
     extension().advise_huge_pages(memory.data_ptr(), whole)
     return memory[:count]

@@ -23,6 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from wrn_fast.checks import check_model
+
 SAMPLES = 64
 
 
@@ -137,7 +139,7 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @functools.lru_cache(maxsize=1024)
 def _positions(count: int) -> Tensor:
-    return torch.arange(min(count, SAMPLES)) * sample_step(count) % count
+    return torch.arange(min(count, SAMPLES), device="cpu") * sample_step(count) % count
 
 
 def _forget_derived(key: int) -> Callable[[weakref.ref], None]:
@@ -163,11 +165,18 @@ def refresh(model: nn.Module | None = None) -> None:
 
     Needed only after an edit that hides from PyTorch's version counter and touches a few elements, such as
     `model.conv1.weight.data[0, 0, 0, 0] = 0`.
+
+    Args:
+        model: any module; None: every model.
+
+    Raises:
+        WrnFastError: `model` is neither.
     """
     if model is None:
         _entries.clear()
         _derived.clear()
         return
+    check_model(model)
     for w in model.parameters():
         _entries.pop(id(w), None)
         _derived.pop(id(w), None)

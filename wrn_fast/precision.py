@@ -1,7 +1,7 @@
 """How exact float32 convolutions have to be: which algorithms a backend may use.
 
     fast    whatever is fastest within the operator's bound: Winograd F(4x4,3x3) where it pays (1.0e-6 relative L2)
-    f2      at most Winograd F(2x2,3x3), at stride 2 its polyphase form (4e-7)
+    f2      at most Winograd F(2x2,3x3), at stride 2 its polyphase form (4e-7); wgrad as in fast (1.2e-6)
     direct  no Winograd: the sums of the definition, in float32
     fp8     inference in e4m3, by ranges that `wrn_fast.fp8.calibrate` found: only inside a `with` block
 

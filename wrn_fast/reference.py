@@ -25,6 +25,7 @@ Subspaces, CVPR 2021), whose model this one equals weight for weight and output 
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -232,7 +233,7 @@ def check_arguments(depth: int, num_classes: int, widen_factor: int, dropRate: f
     for name, value in (("num_classes", num_classes), ("widen_factor", widen_factor)):
         if not isinstance(value, int) or value < 1:
             raise WrnFastError(f"`{name}`: expected an integer of at least 1, got {value!r}")
-    if not 0.0 <= dropRate <= 1.0:
+    if not isinstance(dropRate, Real) or not 0.0 <= dropRate <= 1.0:
         raise WrnFastError(f"`dropRate`: expected a probability in [0, 1], got {dropRate!r}")
 
 

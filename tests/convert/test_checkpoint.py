@@ -182,6 +182,28 @@ def test_what_did_not_fit_is_named():
     assert "no name of the scheme X" in report.why["swa_n"] and "swa_n" in str(report)
 
 
+def test_tensors_of_a_trainer_beside_the_weights_are_left():
+    """AveragedModel's counter is int64, a queue may hold NaN, and views may share memory."""
+    model = family_x.WideResNet(10, 10, 1)
+    state = torch.optim.swa_utils.AveragedModel(model).state_dict()
+    state |= {"queue": torch.full((2,), torch.nan), "half": torch.zeros(4).expand(3, 4), "flags": torch.ones(2).bool()}
+    net, report = load_checkpoint(state)
+    assert set(report.left) == {"n_averaged", "queue", "half", "flags"}
+    assert torch.equal(net.fc.weight, model.fc.weight)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_values_that_no_file_has_are_of_the_models_dtype(default):
+    state = reference.WideResNet(10, 10, 1).state_dict()
+    state = {k: v for k, v in state.items() if not k.startswith("bn1.")}
+    torch.set_default_dtype(default)
+    try:
+        net, _ = load_checkpoint(state)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {v.dtype for v in (*net.parameters(), *net.buffers()) if v.dtype.is_floating_point} == {torch.float32}
+
+
 def test_an_ensemble_is_refused_with_its_prefixes():
     state = family_x.WideResNet(10, 10, 1).state_dict()
     both = {f"nets.{i}.{k}": v.clone() for i in (0, 1) for k, v in state.items()}

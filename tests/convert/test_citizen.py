@@ -36,6 +36,20 @@ def test_second_derivatives():
         assert parity.error(got, want) <= parity.FLOAT64
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_many_gradients_at_once(frozen):
+    """torch.autograd.functional.jacobian(vectorize=True) and grad(is_grads_batched=True) batch the backward pass."""
+    results = []
+    x = image()
+    for model in twins(net(depth=16).requires_grad_(not frozen)):
+        v = x.clone().requires_grad_()
+        y = model.train(not frozen)(v).sum(0)
+        wanted = [v, *(p for p in model.parameters() if p.requires_grad)]
+        results.append(torch.autograd.grad(y, wanted, torch.eye(10, dtype=DOUBLE), is_grads_batched=True))
+    for got, want in zip(*results):
+        assert parity.error(got, want) <= parity.FLOAT64
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_counts_statistics_as_plain_batchnorm_does(reentrant):
     results = []

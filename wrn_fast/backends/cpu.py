@@ -94,17 +94,24 @@ def _vector(t: Tensor | None) -> Tensor | None:
     return t.to(torch.float32).contiguous()
 
 
+def _empty(
+    *shape: int, dtype: torch.dtype = torch.float32, memory_format: torch.memory_format = torch.contiguous_format
+) -> Tensor:
+    """Memory that C++ writes: never of the default dtype or on the default device, which are the user's."""
+    return torch.empty(shape, dtype=dtype, device="cpu", memory_format=memory_format)
+
+
 def _new(problem: ConvProblem, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=problem.dtype, memory_format=torch.channels_last)
+    return _empty(*shape, dtype=problem.dtype, memory_format=torch.channels_last)
 
 
 def _absent(dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(0, dtype=dtype)
+    return _empty(0, dtype=dtype)
 
 
 def _nhwc(v: Tensor, dtype: torch.dtype) -> Tensor:
     """`v` in `dtype` with the dense channels_last strides that the fake kernels promise."""
-    out = torch.empty(v.shape, dtype=dtype, memory_format=torch.channels_last)
+    out = _empty(*v.shape, dtype=dtype, memory_format=torch.channels_last)
     return v if v.dtype == dtype and v.stride() == out.stride() else out.copy_(v)
 
 
@@ -189,7 +196,7 @@ def fprop(
     out_scale, out_shift = _vector(out_scale), _vector(out_shift)
     shape = problem.N, problem.K, problem.P, problem.Q
     y = _new(problem, *shape) if problem.want_y else None
-    stats_y = torch.empty((2, problem.K)) if problem.want_stats else None
+    stats_y = _empty(2, problem.K) if problem.want_stats else None
     y_act = _new(problem, *shape) if problem.act_out != "none" else None
     packed = _packed(plan, w, False)
     packed_short, short_H, short_W = None, 0, 0
@@ -271,7 +278,7 @@ def dgrad(
     plan = _plan(problem)
     stats, gamma, beta = _vector(stats), _vector(gamma), _vector(beta)
     g = torch.empty_like(x, memory_format=torch.channels_last)
-    sums = torch.empty((2, problem.C)) if problem.want_stats else None
+    sums = _empty(2, problem.C) if problem.want_stats else None
     packed = _packed(plan, w, True)
     plan.dgrad(
         _conv_threads(problem), _ptr(dy), _ptr(x), _ptr(w), _code(w), _ptr(packed), _ptr(stats), _ptr(gamma),
@@ -292,7 +299,7 @@ def wgrad(
     """dw [K,C,R,S]: the activation is made again from x."""
     plan = _plan(problem)
     stats, gamma, beta = _vector(stats), _vector(gamma), _vector(beta)
-    dw = torch.empty((problem.K, problem.C, problem.R, problem.S), memory_format=torch.channels_last)
+    dw = _empty(problem.K, problem.C, problem.R, problem.S, memory_format=torch.channels_last)
     plan.wgrad(
         _conv_threads(problem), _ptr(dy), _ptr(x), _ptr(stats), _ptr(gamma), _ptr(beta), _ptr(rng), _ptr(dw),
     )  # fmt: skip
@@ -304,7 +311,7 @@ def act_mask(
 ) -> Tensor:
     """uint8 [N,H,W,ceil(C/8)]: one bit an element, set where act'(bn(x)) is 1."""
     stats, gamma, beta = _vector(stats), _vector(gamma), _vector(beta)
-    mask = torch.empty(masks.shape(x.shape), dtype=torch.uint8)
+    mask = _empty(*masks.shape(x.shape), dtype=torch.uint8)
     _plan(problem).act_mask(threads(x.numel()), _ptr(x), _ptr(stats), _ptr(gamma), _ptr(beta), _ptr(mask))
     return mask
 
@@ -336,7 +343,7 @@ def bn_bwd_apply(
 
 def channel_stats(problem: ConvProblem, x: Tensor) -> Tensor:
     """[2, C]: mean and biased variance of x, read once."""
-    stats = torch.empty((2, problem.C))
+    stats = _empty(2, problem.C)
     _plan(problem).channel_stats(threads(x.numel()), _ptr(x), _ptr(stats))
     return stats
 

@@ -77,8 +77,9 @@ def load_checkpoint(
     options = _options(arch)
     loaded = src if isinstance(src, Mapping) else archive.read(src)
     tensors, notes = archive.state_dict(loaded)
-    archive.check_tensors(tensors)
     names = translate(tensors)
+    # What is left in the file may be anything: the counters and queues of a trainer are.
+    archive.check_tensors({key: tensors[key] for key in (*names.canonical, names.mean, names.std) if key})
     plan = infer(names, {name: tensors[key] for key, name in names.canonical.items()}, options, notes)
     model = build(plan)
     count, left = _fill(model, plan, names, tensors)
@@ -192,7 +193,7 @@ def build(plan: Plan) -> nn.Module:
             raise WrnFastError(f"`src`: expected the plain network round blocks other than {BLOCKS[0]}, got {plan}")
         else:
             model = FamilyNet(plan)
-    return model
+    return model.float()
 
 
 def _fill(model: nn.Module, plan: Plan, names: Names, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, str]]:
@@ -221,9 +222,9 @@ def _fill(model: nn.Module, plan: Plan, names: Names, tensors: Mapping[str, Tens
         if name in state:
             continue
         if name.endswith("num_batches_tracked"):
-            state[name] = torch.zeros((), dtype=torch.int64)
+            state[name] = torch.zeros((), dtype=torch.int64, device="cpu")
         elif plan.head == "cosine" and name.startswith("bn1."):
-            state[name] = torch.full(like.shape, float(name.endswith(("weight", "var"))))
+            state[name] = torch.full_like(like, float(name.endswith(("weight", "var"))), device="cpu")
         else:
             missing.append(name)
     if missing:
@@ -240,4 +241,6 @@ def _fill(model: nn.Module, plan: Plan, names: Names, tensors: Mapping[str, Tens
 def _rebuild(model: nn.Module, name: str, buffer: Tensor) -> None:
     """A buffer that no file has: the reference's ID_mat."""
     owner, _, last = name.rpartition(".")
-    model.get_submodule(owner).register_buffer(last, torch.eye(buffer.shape[0]), persistent=False)
+    model.get_submodule(owner).register_buffer(
+        last, torch.eye(buffer.shape[0], dtype=buffer.dtype, device="cpu"), persistent=False
+    )

@@ -7,8 +7,9 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from wrn_fast.block import FastBlock
+from wrn_fast.checks import check_model
 from wrn_fast.convert.proof import prove
-from wrn_fast.convert.recipe import Recipe
+from wrn_fast.convert.recipe import OWN, Recipe
 from wrn_fast.convert.recognise import candidates, listener
 from wrn_fast.convert.report import Report
 from wrn_fast.convert.swap import (
@@ -54,8 +55,7 @@ def accelerate(model: Model, *, check: Tensor | None = None, require: bool = Fal
     masks come from a counter-based generator, so they differ from PyTorch's for the same seed.
     Source: Zagoruyko and Komodakis, Wide Residual Networks (BMVC 2016), figure 1.
     """
-    if not isinstance(model, nn.Module):
-        raise WrnFastError(f"`model`: expected a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     blocks = {name: module for name, (module, recipe) in _survey(model).items() if recipe.template is not None}
     if require and not blocks and not any(isinstance(m, (FastBlock, FastBottleneck)) for m in model.modules()):
         raise WrnFastError(f"`model`: expected at least one residual block that is recognised\n{report(model)}")
@@ -84,7 +84,11 @@ def restore(model: Model) -> Model:
 
     Returns:
         The same object.
+
+    Raises:
+        WrnFastError: `model` is no module.
     """
+    check_model(model)
     for module in model.modules():
         if isinstance(module, Swapped):
             _plain(module)  # type: ignore[arg-type]
@@ -99,11 +103,15 @@ def report(model: nn.Module) -> Report:
 
     Returns:
         Report: accelerated, left, why; `print` it.
+
+    Raises:
+        WrnFastError: `model` is no module.
     """
+    check_model(model)
     why: dict[str, str] = {}
     accelerated, left = [], []
     for name, module in model.named_modules():
-        if isinstance(module, _BLOCKS) and "_fast_off" not in module.__dict__:
+        if isinstance(module, _BLOCKS) and "_fast_off" not in module.__dict__ and "_fast_recipe" in module.__dict__:
             heard = listener(module)  # type: ignore[arg-type]
             accelerated.append(name)
             why[name] = f"{module.__dict__['_fast_recipe']}{'; ' + heard if heard else ''}"
@@ -126,14 +134,15 @@ def _survey(model: nn.Module) -> dict[str, tuple[nn.Module, Recipe]]:
     found: dict[str, tuple[nn.Module, Recipe]] = {}
     done: set[int] = set()
     for name, module in candidates(model):
-        if isinstance(module, FastBlock) and not isinstance(module, Swapped):
-            done |= {id(m) for m in module.modules()}
-            continue
+        # Blocks alone: two of them may share an activation or a convolution.
         if any(id(m) in done for m in module.modules()):
+            continue
+        if isinstance(module, FastBlock) and not isinstance(module, Swapped):
+            done.add(id(module))
             continue
         recipe = _recipe(module)
         if recipe.template is not None:
-            done |= {id(m) for m in module.modules()}
+            done.add(id(module))
             # What was tried inside it was a part of it.
             found = {n: pair for n, pair in found.items() if not n.startswith(f"{name}." if name else "")}
         inside = [n for n in found if not name or n.startswith(f"{name}.")]
@@ -151,7 +160,7 @@ def _recipe(module: nn.Module) -> Recipe:
         kept = None if "_fast_plain" in type(module).__dict__ else module.__dict__.get("_fast_recipe")  # type: ignore[attr-defined]
         return recipe_of(module) if kept is None else kept  # type: ignore[arg-type]
     reason = unswappable(module)
-    return Recipe((), (), None, reason) if reason else recipe_of(module)
+    return Recipe((), (), None, frozenset(), (), reason) if reason else recipe_of(module)
 
 
 def _chains(model: nn.Module) -> list[nn.Module]:
@@ -186,7 +195,7 @@ def _plain(module: nn.Module) -> None:
     """The user's class again; where another class was put in front, the fast road is closed instead."""
     if "_fast_plain" in type(module).__dict__:
         module.__class__ = type(module)._fast_plain  # type: ignore[attr-defined]
-        module.__dict__.pop("_fast_recipe", None)
-        module.__dict__.pop("_fast_off", None)
+        for name in OWN:
+            module.__dict__.pop(name, None)
     else:
         module.__dict__["_fast_off"] = True

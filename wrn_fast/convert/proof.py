@@ -41,14 +41,15 @@ def prove(model: nn.Module, x: Tensor, restore: Callable[[nn.Module], nn.Module]
         raise WrnFastError(f"`check`: expected a floating tensor that the model takes, got {type(x).__name__}")
     noise = torch.Generator(device="cpu").manual_seed(0)
     inputs = [x.detach()] + [
-        x.detach() * (1 + 0.05 * torch.randn(x.shape, generator=noise)).to(x) for _ in range(parity.SEEDS - 1)
+        x.detach() * (1 + 0.05 * torch.randn(x.shape, generator=noise, device="cpu")).to(x)
+        for _ in range(parity.SEEDS - 1)
     ]
     for training in (False, True) if x.shape[0] > 1 else (False,):
         eager, fast = restore(copy.deepcopy(model)).train(training), copy.deepcopy(model).train(training)
         eager = eager.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         oracle = restore(copy.deepcopy(model)).double().train(training)
         for module in fast.modules():
-            if isinstance(module, FastUserBlock):
+            if isinstance(module, FastUserBlock) and "_fast_recipe" in module.__dict__:
                 recipe = module.__dict__["_fast_recipe"]
                 template = recipe.template._replace(drop=None)
                 module.__dict__["_fast_recipe"] = recipe._replace(template=template)

@@ -16,7 +16,7 @@ from torch import nn
 
 from wrn_fast.block import hooked, plain_conv
 from wrn_fast.convert.bottleneck import looks_like, recognise_bottleneck
-from wrn_fast.convert.recipe import INTERNAL, SIMPLE, Recipe, attributes, inner
+from wrn_fast.convert.recipe import INTERNAL, SIMPLE, Recipe, attributes, classes, content, inner, made_for
 from wrn_fast.convert.recording import Book, Recording, custom_functions, record, set_flags, skeleton
 from wrn_fast.convert.templates import Drop, Roles, Template, acts, templates
 
@@ -40,7 +40,9 @@ def _key(block: nn.Module, forward: Any, modules: list[nn.Module | None]) -> tup
     if not all(isinstance(v, (*SIMPLE, tuple)) for _, _, v in everything):
         return None
     shapes = tuple((k, tuple(t.shape), t.dtype, t.requires_grad) for k, t in block.named_parameters())
-    key = (forward, tuple(map(type, modules)), everything, shapes)
+    # by identity: the recipe under the key keeps them alive
+    defined = tuple((c, tuple(map(id, names.values()))) for c, names in classes(block))
+    key = (forward, tuple(map(type, modules)), everything, shapes, defined)
     try:
         hash(key)
     except TypeError:
@@ -60,7 +62,7 @@ def recognise(block: nn.Module, forward: Any, known: dict[tuple, Recipe]) -> Rec
     key = _key(block, forward, modules)
     if key is not None and key in known:
         return known[key]
-    empty = Recipe(tuple(map(type, modules)), attributes([block, *modules], False), forward)
+    empty = made_for(block, forward, modules)
     try:
         if looks_like(modules):
             recipe = recognise_bottleneck(block, forward, modules, empty)
@@ -141,10 +143,10 @@ class _Recogniser:
                 return f"the forward of a {type(module).__name__} inside is replaced on the instance"
         return ""
 
-    def attributes(self) -> dict[tuple[int, str], int]:
-        """Identity of every attribute of the copy, but for PyTorch's own."""
+    def attributes(self) -> dict[tuple[int, str], tuple]:
+        """Identity and content of every attribute of the copy, but for PyTorch's own."""
         return {
-            (i, name): id(value)
+            (i, name): (id(value), content(value))
             for i, module in enumerate([self.twin, *self.inner])
             if module is not None
             for name, value in module.__dict__.items()

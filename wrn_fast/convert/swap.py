@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import copyreg
+from abc import ABCMeta
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from wrn_fast.block import BlockParts, FastBlock, Stage, hooked, padding, run_block, run_chain
 from wrn_fast.convert.bottleneck import Bottleneck, Pair, run_bottleneck
-from wrn_fast.convert.recipe import Recipe, fits, inner
+from wrn_fast.convert.recipe import OWN, Recipe, fits, inner
 from wrn_fast.convert.recognise import recognise
 from wrn_fast.convert.templates import Template
+from wrn_fast.errors import WrnFastError
 
 _fast_classes: dict[tuple[type, type], type] = {}
 _known: dict[tuple, Recipe] = {}
@@ -28,6 +30,9 @@ class Swapped:
     """What every swapped class shares: pickling as the user's class, copies that stay fast."""
 
     _fast_plain: type  # the user's class; each fast class has its own
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        """Nothing: what a user's class does with its subclasses (registries) is not meant for a fast one."""
 
     def _plain_class(self) -> Any:
         # parametrize and fully_shard put a class of their own in front
@@ -48,7 +53,7 @@ class Swapped:
     def _as_plain(self) -> Any:
         cls = self._plain_class()
         plain: Any = cls.__new__(cls)
-        plain.__dict__.update({k: v for k, v in self.__dict__.items() if not k.startswith("_fast")})
+        plain.__dict__.update({k: v for k, v in self.__dict__.items() if k not in OWN})
         return plain
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -58,17 +63,23 @@ class Swapped:
             function, arguments = copyreg._reconstructor, (arguments[0], object, None)  # type: ignore[attr-defined]
         return (function, arguments, *rest)
 
+    def __prepare_scriptable__(self) -> Any:
+        """What torch.jit.script asks first."""
+        raise WrnFastError(
+            "`model`: expected plain blocks for torch.jit.script, got accelerated ones: wrn_fast.restore(model) first"
+        )
+
     def __copy__(self) -> Any:
         new = copy.copy(self._as_plain())
         new.__class__ = type(self)
-        new.__dict__.update({k: v for k, v in self.__dict__.items() if k.startswith("_fast")})
+        new.__dict__.update({k: v for k, v in self.__dict__.items() if k in OWN})
         return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy({k: v for k, v in self.__dict__.items() if not k.startswith("_fast")}, memo))
-        new.__dict__.update({k: v for k, v in self.__dict__.items() if k.startswith("_fast")})
+        new.__dict__.update(copy.deepcopy({k: v for k, v in self.__dict__.items() if k not in OWN}, memo))
+        new.__dict__.update({k: v for k, v in self.__dict__.items() if k in OWN})
         return new
 
 
@@ -217,6 +228,8 @@ def unswappable(module: nn.Module) -> str:
         return f"it is a {cls.__name__}: accelerate the model before it is scripted or traced"
     if "forward" in module.__dict__:
         return "its forward is replaced on the instance"
+    if type(cls) not in (type, ABCMeta):
+        return f"its class is made by a metaclass, {type(cls).__name__}"
     for name in ("__call__", "__reduce__", "__reduce_ex__", "__deepcopy__", "__copy__", "__getstate__"):
         if getattr(cls, name, None) is not getattr(nn.Module, name, None):
             return f"its class defines {name}"

@@ -183,8 +183,8 @@ def fprop(
         counts = moments = None
         if p.want_stats and dropping["output"] == 0:
             parts = e.parts(shape, False, tile.kind)
-            counts = torch.empty(parts, device=x.device)
-            moments = torch.empty((parts, 2, p.K), device=x.device)
+            counts = torch.empty(parts, dtype=torch.float32, device=x.device)
+            moments = torch.empty((parts, 2, p.K), dtype=torch.float32, device=x.device)
         bias, out_scale, out_shift = vector(bias), vector(out_scale), vector(out_shift)
         residual = aligned(residual)
         e.fprop(
@@ -206,7 +206,7 @@ def fprop(
             bn_act(e, y_act, None, None, None, 0.0, "identity", 0.0, rng, p.p, stream, into=y_act)
         stats_y = absent(x, torch.float32)
         if counts is not None and moments is not None:
-            stats_y = torch.empty((2, p.K), device=x.device)
+            stats_y = torch.empty((2, p.K), dtype=torch.float32, device=x.device)
             workspace = scratch(x, e.merge_moments_workspace(wide=FLOAT32, parts=len(counts), C=p.K))
             e.merge_moments(
                 wide=FLOAT32, C=p.K, counts=ptr(counts), moments=ptr(moments), parts=len(counts),
@@ -236,10 +236,10 @@ def dgrad(
         table: tuple[Tensor | None, ...] = (None,) * 4
         if stats is not None and not bare:
             table = affine(e, x, stats, gamma, beta, p.eps, stream)
-        sums = torch.empty((2, p.C), device=x.device) if p.want_stats else None
+        sums = torch.empty((2, p.C), dtype=torch.float32, device=x.device) if p.want_stats else None
         partial = None
         if sums is not None and not bare:
-            partial = torch.empty((e.parts(shape, True, tile.kind), 2, p.C), device=x.device)
+            partial = torch.empty((e.parts(shape, True, tile.kind), 2, p.C), dtype=torch.float32, device=x.device)
         g = new(x, p.N, _padded(p.C), p.H, p.W)
         scale, shift, mean, rstd = table
         e.dgrad(

@@ -71,7 +71,7 @@ def affine(
     e: Any, x: Tensor, stats: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, stream: int
 ) -> tuple[Tensor, ...]:
     """scale, shift, mean, rstd: float32 [C] each."""
-    table = torch.empty((4, x.shape[1]), device=x.device)
+    table = torch.empty((4, x.shape[1]), dtype=torch.float32, device=x.device)
     stats, gamma, beta = vector(stats), vector(gamma), vector(beta)  # type: ignore[assignment]
     e.affine_table(
         wide=FLOAT32, C=x.shape[1], stats=ptr(stats), gamma=ptr(gamma), beta=ptr(beta), eps=eps,
@@ -96,7 +96,9 @@ def bn_act(
 
 
 def stats_of(e: Any, x: Tensor, stream: int) -> Tensor:
-    out = torch.empty((2, x.shape[1]), dtype=torch.float64 if x.dtype == torch.float64 else None, device=x.device)
+    out = torch.empty(
+        (2, x.shape[1]), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device
+    )
     workspace = scratch(x, e.channel_stats_workspace(**rows_of(x)))
     e.channel_stats(**rows_of(x), x=ptr(x), stats=ptr(out), workspace=ptr(workspace), stream=stream)
     return out

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from wrn_fast import machine, parity, random, reference
 from wrn_fast.block import FastBlock
+from wrn_fast.checks import check_model
 from wrn_fast.convert import restore
 from wrn_fast.convert.swap import Swapped
 from wrn_fast.errors import WrnFastError
@@ -85,6 +86,9 @@ def verify(
     Source: `wrn_fast/parity.py`.
     """
     _check_arguments(seeds, dtypes, steps, batch)
+    check_model(a, "a")
+    if b is not None:
+        check_model(b, "b")
     began = time.perf_counter()
     device = torch.device(device)
     base = copy.deepcopy(a).to(device, torch.float32)
