@@ -20,6 +20,8 @@ from wrn_fast.problem import ConvProblem
 from wrn_fast.setting import Setting
 
 OPS = ("fprop", "dgrad", "wgrad", "bn_bwd_apply", "act_mask", "input_grad", "channel_stats", "dropout")
+# Small ones that a backend may leave to `aten`, named alone or not, without a warning.
+SMALL_OPS = ("head", "head_bwd")
 # Devices that a backend was written for: only there is its refusal worth a warning.
 _DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",), "aten": ()}
 DEFAULT = (*(name for name in BACKENDS if name not in OPT_IN), *OPT_IN)
@@ -104,7 +106,10 @@ def choose(op: str, problem: ConvProblem) -> ModuleType:
 def _choose(key: tuple[str, ConvProblem, tuple[str, ...]]) -> ModuleType:
     op, problem, names = key
     reasons: list[tuple[str, str]] = []
-    for name in (*_measured_faster(op, problem, names), *names):
+    candidates = (*_measured_faster(op, problem, names), *names)
+    if op in SMALL_OPS:
+        candidates = tuple(name for name in candidates if hasattr(load(name), op)) or ("aten",)
+    for name in candidates:
         module = load(name)
         reason = _reason(name, op, problem)
         if reason is None:

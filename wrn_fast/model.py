@@ -14,6 +14,7 @@ from wrn_fast.block import (
     FastBlock,
     Stage,
     activation,
+    batch_norm,
     hooked,
     listened,
     padding,
@@ -22,7 +23,7 @@ from wrn_fast.block import (
     uses_batch_stats,
 )
 from wrn_fast.errors import WrnFastError
-from wrn_fast.functional import bn_act_conv
+from wrn_fast.functional import bn_act_conv, head
 
 _STAGES = tuple((f"bn{i}", f"relu{i}", f"conv{i}") for i in (1, 2, 3, 4))
 
@@ -119,6 +120,32 @@ class WideResNet(reference.WideResNet):
             pad=padding(self.conv1), want_stats=isinstance(first, BasicBlock) and uses_batch_stats(first.bn1),
         )  # fmt: skip
         return run_chain(units, y, stats if stats.numel() else None)
+
+    def finish(self, y: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """The head on the last group's output, in one operator call unless someone listens to a part of it."""
+        prologue = self._prologue(y)
+        if prologue is None:
+            return super().finish(y)
+        found = head(y, self.fc.weight, self.fc.bias, cosine=self.head == "cosine", **prologue)
+        return (found.out, found.feature) if self.head == "cosine" else found.out
+
+    def _prologue(self, y: Tensor) -> dict[str, Any] | None:
+        """What stands before the mean over the image, as arguments of `head`; None where it is not just that."""
+        m: dict[str, Any] = self._modules
+        bn, fc = m["bn1"], m["fc"]
+        act = activation(m["relu"])
+        window = self.pool == "window" and tuple(y.shape[2:]) != (8, 8)
+        if window or type(fc) is not nn.Linear or hooked(fc) or _has_any_global_hook() or self._pools_differently():
+            return None
+        if self.head == "cosine":
+            return {"act": "identity"}
+        if type(bn) is not nn.BatchNorm2d or act is None or hooked(bn) or hooked(m["relu"]):
+            return None
+        return batch_norm(bn, y, None)._asdict() | {"act": act[0], "slope": act[1]}
+
+    def _pools_differently(self) -> bool:
+        """Has a subclass or the user replaced `pooled`?"""
+        return type(self).pooled is not reference.WideResNet.pooled or "pooled" in self.__dict__
 
 
 def classic(depth: int, num_classes: int, widen_factor: int = 1, dropRate: float = 0.0) -> WideResNet:

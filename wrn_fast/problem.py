@@ -98,7 +98,8 @@ class ConvProblem(NamedTuple):
     short_batch_stats: bool = False
     act_out: str = "none"  # activation of the second output; none: there is no second output
     want_y: bool = True
-    want_stats: bool = False  # fprop: statistics of y; dgrad: sums of g and g*xhat
+    want_stats: bool = False  # fprop: statistics of y; dgrad, head_bwd: sums of g and g*xhat
+    cosine: bool = False  # head: K classes by the angle to the feature instead of by the product with it
 
     @property
     def P(self) -> int:
