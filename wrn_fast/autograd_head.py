@@ -16,7 +16,7 @@ from wrn_fast import dispatch, ops
 from wrn_fast.autograd import is_wanted, normalize
 from wrn_fast.backends import aten
 from wrn_fast.checks import head_problem
-from wrn_fast.problem import ConvProblem
+from wrn_fast.problem import NORM_EPS, ConvProblem
 
 # The arguments of head that are tensors. Statistics have no gradient of their own.
 TENSORS = ("y", "stats", "gamma", "beta", "w", "bias")
@@ -128,7 +128,7 @@ def _of_classes(
         # Along the feature nothing changes, unless it is so short that a constant divides it.
         length = feature.norm(dim=1, keepdim=True)
         along = u * (u * d).sum(1, keepdim=True)
-        d = (d - along.masked_fill(length < aten.NORM_EPS, 0.0)) / length.clamp_min(aten.NORM_EPS)
+        d = (d - along.masked_fill(length < NORM_EPS, 0.0)) / length.clamp_min(NORM_EPS)
     return grads | {"feature": d}
 
 

@@ -23,6 +23,7 @@ from wrn_fast.errors import WrnFastError
 ACTS = ("identity", "relu", "silu", "leaky_relu")
 DROP_AT = ("none", "prologue", "output", "output_act")
 ACTS_OUT = ("none", *ACTS)
+NORM_EPS = 1e-12  # of the cosine head: a feature shorter than this is divided by it, as F.normalize does
 
 
 class FpropArgs(NamedTuple):

@@ -14,7 +14,7 @@ from wrn_fast import dispatch, parity, tune
 from wrn_fast.backends import cuda, triton
 from wrn_fast.verify import verify
 
-PRIMITIVES = ("tests/backends/test_primitives.py", "tests/backends/test_masks.py")
+PRIMITIVES = ("tests/backends/test_primitives.py", "tests/backends/test_masks.py", "tests/backends/test_head.py")
 # (depth, width, batch) of the networks whose tiles are proved, and (depth, width) of those that run whole.
 NETWORKS = ((28, 10, 128), (28, 10, 1), (28, 2, 512), (16, 4, 512), (40, 2, 512))
 MODELS = ((16, 4), (28, 10))

@@ -37,7 +37,7 @@ def integers(device: str) -> None:
         sentence = triton.refused_tile(op, problem, dataclasses.replace(tile, cols=(32, 16)), place)
         if sentence:
             sys.exit(sentence)
-    for op in ("channel_stats", "bn_bwd_apply", "dropout", "act_mask"):
+    for op in ("channel_stats", "bn_bwd_apply", "dropout", "act_mask", "head", "head_bwd"):
         elementwise(triton, op, place)
     others = [sentence for sentence in special_tiles(place) if sentence]
     if others:
@@ -97,8 +97,15 @@ def elementwise(backend: ModuleType, op: str, place: torch.device) -> None:
         backend.dropout(problem, x, torch.tensor([1, 2], device=place))
     else:
         stats = torch.rand(2, 40, device=place) + 0.5
-        batch = problem._replace(prologue=True, affine=True, batch_stats=True)
-        backend.bn_bwd_apply(batch, x, x, stats, stats[0], stats)
+        batch = problem._replace(prologue=True, affine=True, batch_stats=True, act="relu")
+        if op == "bn_bwd_apply":
+            backend.bn_bwd_apply(batch, x, x, stats, stats[0], stats)
+        elif op == "head":
+            backend.head(
+                batch._replace(K=10, bias=True), x, stats, *stats, stats[0].expand(10, 40).contiguous(), stats[0, :10]
+            )
+        else:
+            backend.head_bwd(batch._replace(want_stats=True), stats[:1].expand(3, 40).contiguous(), x, stats, *stats)
 
 
 def reorder(device: str) -> None:

@@ -11,12 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wrn_fast import masks, random
-from wrn_fast.problem import ConvProblem
+from wrn_fast.problem import NORM_EPS, ConvProblem
 
 NAME = "aten"
-
-# F.normalize's: a feature shorter than this is divided by it.
-NORM_EPS = 1e-12
 
 
 def unsupported(op: str, problem: ConvProblem) -> str | None:
