@@ -290,6 +290,32 @@ def test_a_backend_without_a_head_leaves_it_to_aten(recwarn, monkeypatch):
 # The model.
 
 
+@pytest.fixture
+def served(monkeypatch):
+    """As if a backend had a kernel for the CPU."""
+    monkeypatch.setattr(dispatch, "beyond_aten", lambda *_: True)
+
+
+def test_what_only_aten_would_serve_stays_modules(monkeypatch):
+    """An operator call costs more than it saves, then. Once a backend has a kernel, it is asked."""
+    ran = []
+    monkeypatch.setattr(wrn_fast.model, "head", lambda *args, **kwargs: ran.append(args) or head(*args, **kwargs))
+    _, fast = (model.eval() for model in pair("classic"))
+    fast.float()
+    y = torch.randn(2, 64, 8, 8)
+    dispatch.forget()
+    with wrn_fast.backend("aten"):
+        fast.finish(y)
+    assert not ran
+    for op in dispatch.SMALL_OPS:
+        monkeypatch.setattr(dispatch.load("cpu"), op, getattr(dispatch.load("aten"), op), raising=False)
+    monkeypatch.setattr(dispatch.load("cpu"), "unsupported", lambda op, problem: None)
+    with wrn_fast.backend("cpu"):
+        fast.finish(y)
+    dispatch.forget()
+    assert len(ran) == 1
+
+
 def pair(head, **options):
     models = [kind.WideResNet(10, 4, 1, head=head, **options).double() for kind in (reference, wrn_fast)]
     models[1].load_state_dict(models[0].state_dict())
@@ -298,7 +324,7 @@ def pair(head, **options):
 
 @pytest.mark.parametrize("name", reference.HEADS)
 @pytest.mark.parametrize("training", [True, False])
-def test_the_model_calls_the_operator(name, training, calls):
+def test_the_model_calls_the_operator(name, training, calls, served):
     ref, fast = (model.train(training) for model in pair(name))
     y = torch.randn(3, 64, 8, 8, dtype=torch.float64)
     calls.clear()
@@ -310,7 +336,7 @@ def test_the_model_calls_the_operator(name, training, calls):
 
 
 @pytest.mark.parametrize("part", ["bn1", "relu", "fc", "pooled", "nn.Module", "global", "pool"])
-def test_who_listens_or_changes_a_part_gets_the_plain_head(part, calls):
+def test_who_listens_or_changes_a_part_gets_the_plain_head(part, calls, served):
     ref, fast = (model.eval() for model in pair("classic", pool="global" if part == "global" else "window"))
     seen = []
     y = torch.randn(2, 64, 8, 8, dtype=torch.float64)

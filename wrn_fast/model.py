@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from wrn_fast import reference
+from wrn_fast import dispatch, reference
 from wrn_fast.block import (
     BlockParts,
     FastBlock,
@@ -122,7 +122,7 @@ class WideResNet(reference.WideResNet):
         return run_chain(units, y, stats if stats.numel() else None)
 
     def finish(self, y: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """The head on the last group's output, in one operator call unless someone listens to a part of it."""
+        """The head on the last group's output: one operator call where a kernel serves it and nobody listens."""
         prologue = self._prologue(y)
         if prologue is None:
             return super().finish(y)
@@ -130,10 +130,12 @@ class WideResNet(reference.WideResNet):
         return (found.out, found.feature) if self.head == "cosine" else found.out
 
     def _prologue(self, y: Tensor) -> dict[str, Any] | None:
-        """What stands before the mean over the image, as arguments of `head`; None where it is not just that."""
+        """What stands before the mean over the image, as arguments of `head`; None where the modules have to run."""
         m: dict[str, Any] = self._modules
         bn, fc = m["bn1"], m["fc"]
         act = activation(m["relu"])
+        if not dispatch.beyond_aten("head", y.device.type, y.dtype):
+            return None
         window = self.pool == "window" and tuple(y.shape[2:]) != (8, 8)
         if window or type(fc) is not nn.Linear or hooked(fc) or _has_any_global_hook() or self._pools_differently():
             return None
