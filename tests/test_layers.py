@@ -28,7 +28,7 @@ LAYERS = {
         "_build",
         "machine",
     },
-    1: {"kernels", "packing", "native"},
+    1: {"kernels", "packing", "held", "native"},
     2: {"backends"},
     3: {"dispatch"},
     4: {"ops", "autograd", "autograd_head"},
@@ -41,6 +41,7 @@ SIDEWAYS = {
     "problem": {"errors"},
     "precision": {"errors", "setting"},
     "steps": {"problem"},
+    "held": {"packing"},
     "autograd": {"ops"},
     "autograd_head": {"autograd", "ops"},
     "cache": {"errors"},
@@ -58,7 +59,7 @@ SIDEWAYS = {
     "demo": {"cli"},
     "recipes": {"demo"},
 }
-NARROW = {"reference": {"errors"}, "kernels": LAYERS[0] | {"packing"}, "dispatch": LAYERS[0] | {"backends"}}
+NARROW = {"reference": {"errors"}, "kernels": LAYERS[0] | {"packing", "held"}, "dispatch": LAYERS[0] | {"backends"}}
 
 # Third-party modules beside torch, and who may import them (at any depth, also inside functions).
 OUTSIDERS = {

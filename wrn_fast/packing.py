@@ -54,6 +54,7 @@ class _Derived:
 
 _entries: dict[int, _Entry] = {}
 _derived: dict[int, _Derived] = {}
+_refreshed = 0  # calls of `refresh`
 
 
 def sample_step(count: int) -> int:
@@ -164,6 +165,8 @@ def refresh(model: nn.Module | None = None) -> None:
     Needed only after an edit that hides from PyTorch's version counter and touches a few elements, such as
     `model.conv1.weight.data[0, 0, 0, 0] = 0`.
     """
+    global _refreshed
+    _refreshed += 1
     if model is None:
         _entries.clear()
         _derived.clear()
@@ -171,6 +174,11 @@ def refresh(model: nn.Module | None = None) -> None:
     for w in model.parameters():
         _entries.pop(id(w), None)
         _derived.pop(id(w), None)
+
+
+def generation() -> int:
+    """A number that each `refresh` moves."""
+    return _refreshed
 
 
 def report() -> list[Row]:

@@ -48,10 +48,16 @@ inline void positive(int64_t value, const char* name) {
   require(value > 0, name, "a positive number", value);
 }
 
+inline void aligned16(Pointer p, const char* name, bool optional = false) {
+  if (!optional) present(p, name);
+  require(p % 16 == 0, name, "a multiple of 16", p);
+}
+
 using release = pybind11::call_guard<pybind11::gil_scoped_release>;
 
-// module_sm90.cpp
+// module_sm90.cpp, module_weights.cpp
 void bind_sm90(pybind11::module_& m);
+void bind_weights(pybind11::module_& m);
 
 }  // namespace cuda
 }  // namespace wrn_fast

@@ -80,22 +80,44 @@ void act_mask(const Rows& shape, const void* x, const Norm& norm, Act act, void*
 void mask_backward(const Rows& shape, const void* da, const void* bits, const void* scale, double slope,
                    const Mask& mask, void* g, Stream stream);
 
-// table [4, C]: scale, shift, mean, rstd, so that bn(x) = x * scale + shift.
-void affine_table(DType wide, int C, const Norm& norm, void* table, Stream stream);
+// BatchNorm with given statistics as a table [4, C] of the wide dtype: scale, shift, mean, rstd, so that
+// bn(x) = x * scale + shift.
+struct Fold {
+  const void *mean = nullptr, *var = nullptr;
+  const void *gamma = nullptr, *beta = nullptr;  // null: 1, 0
+  DType stats_dtype = DType::f32, affine_dtype = DType::f32;
+  int C = 0;
+  double eps = 0;
+  void* table = nullptr;
+};
+
+// As many of them in one launch as its arguments have room for.
+constexpr int kMostFolds = 48;
+void fold_norms(const Fold* folds, int count, DType wide, Stream stream);
 
 // stats [2, C]: mean and biased variance, from the moments [parts, 2, C] (mean, M2) of parts of counts[part] rows each.
 int64_t merge_moments_workspace(DType wide, int64_t parts, int C);
 void merge_moments(DType wide, int C, const void* counts, const void* moments, int64_t parts, void* stats,
                    void* workspace, Stream stream);
 
-// The packed image of sm90.h of a filter [K, C, R, S] of f32 or of `dtype` (bf16, f16), in rows of 64 channels:
-// out_rows rows, the ones past K zero, in blocks of block_rows; `transpose` exchanges K and C. `samples`, kept with
-// `packed` (pack_samples_bytes), hold some elements of each tile as they were: a tile whose elements still are so is
-// not packed again, unless `all`. Null: pack in any case.
+// A filter [K, C, R, S] of f32 or of the packed dtype, and its packed image (sm90.h) in rows of 128 bytes: out_rows
+// rows, the ones past K zero, in blocks of block_rows; `transpose` exchanges K and C.
+struct Filter {
+  Weight w;
+  int K = 0, C = 0, R = 0, S = 0;
+  bool transpose = false;
+  int out_rows = 0, block_rows = 0;
+  void* packed = nullptr;
+  // pack_samples_bytes(), kept with `packed`: some elements of each tile as they were. A tile whose elements still are
+  // so is not packed again, unless `all`. Null: pack in any case.
+  void* samples = nullptr;
+};
+
+// Packs filters of one dtype (bf16, f16), as many of them in one launch as its arguments have room for.
 constexpr int kFilterSamples = 16;  // a tile of 64 x 64
+constexpr int kMostFilters = 32;
 int64_t pack_samples_bytes(const Weight& w, int K, int C, int R, int S);
-void pack_filter(const Weight& w, int K, int C, int R, int S, bool transpose, int out_rows, int block_rows, DType dtype,
-                 void* packed, void* samples, bool all, Stream stream);
+void pack_filters(const Filter* filters, int count, DType dtype, bool all, Stream stream);
 
 // out [count] of `dtype` = the sums over from [slabs, count] of the wide dtype, in index order: of a few large slabs
 // directly, of many small ones 64 at a time.

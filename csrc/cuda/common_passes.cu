@@ -206,29 +206,6 @@ struct ActBackward {
   }
 };
 
-template <class W>
-struct AffineTable {
-  using Shared = NoShared;
-
-  const W *stats, *gamma, *beta;
-  W* table;
-  double eps;
-  int C;
-
-  WRN_DEVICE void operator()(const Block& block, Shared&) const {
-    block.each([&](int t) {
-      const int64_t c = block.x * kThreads + t;
-      if (c >= C) return;
-      const W mean = stats[c], rstd = reciprocal_deviation(stats[C + c], static_cast<W>(eps));
-      const W scale = gamma ? rstd * gamma[c] : rstd;
-      table[c] = scale;
-      table[C + c] = (beta ? beta[c] : W(0)) - mean * scale;
-      table[2 * C + c] = mean;
-      table[3 * C + c] = rstd;
-    });
-  }
-};
-
 // Rows of a block: a few loads a thread, more where the grid is full anyway.
 int64_t block_rows_of(const Rows& shape, const Walk& walk) {
   const int64_t least = static_cast<int64_t>(walk.lanes) * kInFlight;
@@ -325,16 +302,6 @@ void act_backward(const Rows& shape, const void* da, const void* x, const Norm& 
     };
     if (mask.rng) return choose(Int<1>());
     choose(Int<0>());
-  });
-}
-
-void affine_table(DType wide, int C, const Norm& norm, void* table, Stream stream) {
-  with_wide(wide, [&](auto zero) {
-    using W = decltype(zero);
-    launch(ceil_div(C, kThreads), 1,
-           AffineTable<W>{static_cast<const W*>(norm.stats), static_cast<const W*>(norm.gamma),
-                          static_cast<const W*>(norm.beta), static_cast<W*>(table), norm.eps, C},
-           stream);
   });
 }
 

@@ -81,14 +81,6 @@ void bind_mask_backward(int dtype, int64_t rows, int C, Pointer da, Pointer bits
   mask_backward(checked_rows(dtype, rows, C), at(da), at(bits), at(scale), slope, mask(rng, p), at(g), at(stream));
 }
 
-void bind_affine_table(int wide, int C, Pointer stats, Pointer gamma, Pointer beta, double eps, Pointer table,
-                       Pointer stream) {
-  positive(C, "C");
-  present(stats, "stats");
-  present(table, "table");
-  affine_table(checked_wide(wide), C, norm(stats, gamma, beta, eps), at(table), at(stream));
-}
-
 void bind_merge_moments(int wide, int C, Pointer counts, Pointer moments, int64_t parts, Pointer stats,
                         Pointer workspace, Pointer stream) {
   positive(C, "C");
@@ -120,6 +112,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "Kernels of the cuda backend: pointers, sizes and a stream, see wrn_fast/backends/cuda.py";
   m.attr("DEVICE") = WRN_DEVICE_TYPE;
   bind_sm90(m);
+  bind_weights(m);
 
   m.def("apply", &bind_apply, release(), py::kw_only(), py::arg("dtype"), py::arg("rows"), py::arg("C"), py::arg("x"),
         py::arg("stats") = 0, py::arg("gamma") = 0, py::arg("beta") = 0, py::arg("eps") = 0., py::arg("act") = 0,
@@ -139,8 +132,6 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("mask_backward", &bind_mask_backward, release(), py::kw_only(), py::arg("dtype"), py::arg("rows"), py::arg("C"),
         py::arg("da"), py::arg("bits"), py::arg("scale"), py::arg("slope"), py::arg("rng"), py::arg("p"), py::arg("g"),
         py::arg("stream"));
-  m.def("affine_table", &bind_affine_table, release(), py::kw_only(), py::arg("wide"), py::arg("C"), py::arg("stats"),
-        py::arg("gamma"), py::arg("beta"), py::arg("eps"), py::arg("table"), py::arg("stream"));
   m.def("merge_moments", &bind_merge_moments, release(), py::kw_only(), py::arg("wide"), py::arg("C"),
         py::arg("counts"), py::arg("moments"), py::arg("parts"), py::arg("stats"), py::arg("workspace"),
         py::arg("stream"));

@@ -2,9 +2,8 @@
 memory for 7.5 and later.
 
 Every call queues its kernels on torch's current stream of x's device, takes scratch from torch's allocator, reads
-nothing back, and so may be captured on its first call. A float32 filter is cast while it is packed. A pack is kept
-per stream while the filter's object, pointer and version stay what they were; then its kernel compares samples of each
-tile on the device, because fused optimizers change a filter without its version. Inside a capture every call packs.
+nothing back, and so may be captured on its first call. A float32 filter is cast while it is packed;
+`kernels/cuda_weights.py` says how long a pack is kept.
 
 Numerics: products of 16-bit operands, sums in float32, one rounding at the store; bn(x) = x * scale + shift in float32,
 rounded once where it enters the product. Dropout is a pass of its own.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,15 +17,23 @@ CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3
 FLOAT32 = CODES[torch.float32]
 
 
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one."""
+    other = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device.index) if other else nullcontext()
+
+
+def current_stream(device: torch.device) -> int:
+    """The current stream of a device as a number."""
+    return torch.cuda.current_stream(device.index).cuda_stream if device.type == "cuda" else 0
+
+
 @contextmanager
 def queue(op: str, problem: ConvProblem, x: Tensor) -> Iterator[int]:
     """The current stream of x's device as a number, on that device; an error names operator and shapes."""
-    index = x.device.index if x.device.type == "cuda" else None
-    other = index is not None and index != torch.cuda.current_device()
-    with torch.cuda.device(index) if other else nullcontext():
-        stream = 0 if index is None else torch.cuda.current_stream(index).cuda_stream
+    with on_device(x.device):
         try:
-            yield stream
+            yield current_stream(x.device)
         except (RuntimeError, ValueError) as error:
             if type(error) not in (RuntimeError, ValueError):  # torch.OutOfMemoryError stays what it is
                 raise
@@ -65,19 +73,6 @@ def aligned(t: Any) -> Any:
 def rows_of(x: Tensor) -> dict[str, int]:
     n, c, h, w = x.shape
     return {"dtype": CODES[x.dtype], "rows": n * h * w, "C": c}
-
-
-def affine(
-    e: Any, x: Tensor, stats: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, stream: int
-) -> tuple[Tensor, ...]:
-    """scale, shift, mean, rstd: float32 [C] each."""
-    table = torch.empty((4, x.shape[1]), device=x.device)
-    stats, gamma, beta = vector(stats), vector(gamma), vector(beta)  # type: ignore[assignment]
-    e.affine_table(
-        wide=FLOAT32, C=x.shape[1], stats=ptr(stats), gamma=ptr(gamma), beta=ptr(beta), eps=eps,
-        table=ptr(table), stream=stream,
-    )  # fmt: skip
-    return table.unbind()
 
 
 def bn_act(
