@@ -119,6 +119,41 @@ constexpr int kMostFilters = 32;
 int64_t pack_samples_bytes(const Weight& w, int K, int C, int R, int S);
 void pack_filters(const Filter* filters, int count, DType dtype, bool all, Stream stream);
 
+// feat [N, C] = mean over the image of act(bn(y)), out [N, K] = f w^T + bias, or |f / max(|f|, 1e-12) w^T + bias| where
+// `cosine`; f is feat before it is rounded. Reads y [N, pixels, C] once for 64 classes.
+constexpr int kMostFeatures = 2048;  // C
+struct Head {
+  DType dtype = DType::f32, w_dtype = DType::f32;  // of y, out, feat; of w
+  int64_t N = 0;
+  int pixels = 0, C = 0, K = 0;
+  const void* y = nullptr;
+  Norm norm;
+  Act act = Act::identity;
+  double slope = 0;
+  const void* w = nullptr;     // [K, C]
+  const void* bias = nullptr;  // [K] of the wide dtype; null: 0
+  bool cosine = false;
+  void *out = nullptr, *feat = nullptr;
+};
+void head(const Head& h, Stream stream);
+
+// g = dfeat[n, c] / pixels * act'(bn(y)), sums [2, C] of g and g * xhat,
+// dy = gamma * rstd * (g - sums[0]/m - xhat * sums[1]/m), m = N * pixels, where `batch`, else gamma * rstd * g; without
+// BatchNorm dy = g. Reads y twice where there are sums, which are needed for `batch` and else may be null.
+struct HeadBackward {
+  DType dtype = DType::f32;  // of y and dy; dfeat [N, C] is of the wide dtype
+  int64_t N = 0;
+  int pixels = 0, C = 0;
+  const void *dfeat = nullptr, *y = nullptr;
+  Norm norm;
+  Act act = Act::identity;
+  double slope = 0;
+  bool batch = false;
+  void *dy = nullptr, *sums = nullptr, *workspace = nullptr;
+};
+int64_t head_bwd_workspace(DType dtype, int64_t N, int pixels, int C);
+void head_bwd(const HeadBackward& h, Stream stream);
+
 // out [count] of `dtype` = the sums over from [slabs, count] of the wide dtype, in index order: of a few large slabs
 // directly, of many small ones 64 at a time.
 int64_t add_slabs_workspace(DType wide, int64_t slabs, int64_t count);

@@ -15,20 +15,6 @@ struct FoldBlocks : Fold {
 };
 
 template <class W>
-WRN_DEVICE W number(const void* from, DType dtype, int i) {
-  switch (dtype) {
-    case DType::f32:
-      return static_cast<W>(static_cast<const float*>(from)[i]);
-    case DType::bf16:
-      return static_cast<W>(widen(static_cast<const BFloat*>(from)[i]));
-    case DType::f16:
-      return static_cast<W>(widen(static_cast<const Half*>(from)[i]));
-    default:
-      return static_cast<W>(static_cast<const double*>(from)[i]);
-  }
-}
-
-template <class W>
 struct FoldNorms {
   using Shared = NoShared;
 

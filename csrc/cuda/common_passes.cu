@@ -5,22 +5,6 @@ namespace wrn_fast {
 namespace cuda {
 namespace {
 
-constexpr int kInFlight = 4;       // vectors that a thread loads before it uses the first
-constexpr int64_t kBlocks = 2048;  // beyond these a block takes more rows, and makes its channels' vectors once for all
-
-// Walks the rows of a block kRows at a time: load(u, row) of all, then use(u, row) of all.
-template <int kRows, class Load, class Use>
-WRN_DEVICE void each_row(const Walk& walk, const Place& place, int64_t begin, int64_t end, Load load, Use use) {
-  for (int64_t row = begin + place.lane; row < end; row += static_cast<int64_t>(walk.lanes) * kRows) {
-#pragma unroll
-    for (int u = 0; u < kRows; ++u)
-      if (row + u * walk.lanes < end) load(u, row + u * walk.lanes);
-#pragma unroll
-    for (int u = 0; u < kRows; ++u)
-      if (row + u * walk.lanes < end) use(u, row + u * walk.lanes);
-  }
-}
-
 template <class T, int V, bool kDrop>
 struct Apply {
   using W = Wide<T>;
@@ -205,17 +189,6 @@ struct ActBackward {
     });
   }
 };
-
-// Rows of a block: a few loads a thread, more where the grid is full anyway.
-int64_t block_rows_of(const Rows& shape, const Walk& walk) {
-  const int64_t least = static_cast<int64_t>(walk.lanes) * kInFlight;
-  const int64_t times = shape.rows / (least * kBlocks);
-  return least * (times < 1 ? 1 : times > 16 ? 16 : times);
-}
-
-bool in_vectors(const Rows& shape, const void* a, const void* b, const void* c) {
-  return shape.C * size_of(shape.dtype) % 16 == 0 && aligned(a) && aligned(b) && aligned(c);
-}
 
 }  // namespace
 

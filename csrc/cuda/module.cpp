@@ -16,12 +16,6 @@ Rows checked_rows(int dtype, int64_t rows, int C) {
   return {checked_dtype(dtype), rows, C};
 }
 
-Norm norm(Pointer stats, Pointer gamma, Pointer beta, double eps) {
-  require(eps >= 0, "eps", "a number of at least 0", eps);
-  require(stats || !(gamma || beta), "stats", "a pointer where there are gamma or beta", "null");
-  return {at(stats), at(gamma), at(beta), eps};
-}
-
 Mask mask(Pointer rng, double p) {
   require(p >= 0 && p <= 1, "p", "a probability in [0, 1]", p);
   require(rng != 0 || p == 0, "rng", "a pointer where p is above 0", "null");
@@ -113,6 +107,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("DEVICE") = WRN_DEVICE_TYPE;
   bind_sm90(m);
   bind_weights(m);
+  bind_head(m);
 
   m.def("apply", &bind_apply, release(), py::kw_only(), py::arg("dtype"), py::arg("rows"), py::arg("C"), py::arg("x"),
         py::arg("stats") = 0, py::arg("gamma") = 0, py::arg("beta") = 0, py::arg("eps") = 0., py::arg("act") = 0,

@@ -82,7 +82,7 @@ def build():
     return module
 
 
-_NO_KERNELS = ("Shape", "Weights", "refuses", "parts", "splits", "counters")
+_NO_KERNELS = ("Shape", "Weights", "refuses", "parts", "splits", "counters", "MOST_FEATURES")
 
 
 class Recorder:
@@ -94,7 +94,7 @@ class Recorder:
 
     def __getattr__(self, name):
         function = getattr(self.extension, name)
-        if name in ("Shape", "Weights", "refuses", "parts", "splits", "counters") or name.endswith(
+        if name in ("Shape", "Weights", "refuses", "parts", "splits", "counters", "MOST_FEATURES") or name.endswith(
             ("_bytes", "_workspace")
         ):
             return function

@@ -97,8 +97,18 @@ def refused(op: str, problem: ConvProblem) -> str | None:
     if refused:
         return refused
     if not convolution:
-        return None if problem.dtype in CODES else f"serves float16, bfloat16, float32, float64, got {problem.dtype}"
+        if problem.dtype not in CODES:
+            return f"serves float16, bfloat16, float32, float64, got {problem.dtype}"
+        return _refused_head(op, problem)
     return _refused_convolution(op, problem)
+
+
+def _refused_head(op: str, problem: ConvProblem) -> str | None:
+    if op == "head" and problem.C > extension().MOST_FEATURES:
+        return f"has a head of up to {extension().MOST_FEATURES} features, got {problem.C}"
+    if op == "head_bwd" and problem.N * problem.H * problem.W >= 2**32:
+        return f"has the gradient of a head of fewer than 2^32 pixels, got {problem.N * problem.H * problem.W}"
+    return None
 
 
 def _refused_convolution(op: str, problem: ConvProblem) -> str | None:
@@ -298,3 +308,23 @@ def channel_stats(problem: ConvProblem, x: Tensor) -> Tensor:
 def dropout(problem: ConvProblem, x: Tensor, rng: Tensor) -> Tensor:
     """x * mask / (1 - p)."""
     return cuda_passes.dropout(extension(), problem, x, rng)
+
+
+def head(
+    problem: ConvProblem,
+    y: Tensor,
+    stats: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    w: Tensor,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(out [N,K], feat [N,C]): the mean of act(bn(y)) over the image, and the classes' values of it; one launch."""
+    return cuda_passes.head(extension(), problem, y, stats, gamma, beta, w, bias)
+
+
+def head_bwd(
+    problem: ConvProblem, dfeat: Tensor, y: Tensor, stats: Tensor | None, gamma: Tensor | None, beta: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(dy [N,C,H,W], sums_g [2,C]) from the feature's gradient: one pass over y, two with the batch's statistics."""
+    return cuda_passes.head_bwd(extension(), problem, dfeat, y, stats, gamma, beta)

@@ -136,3 +136,42 @@ def dropout(e: Any, problem: ConvProblem, x: Tensor, rng: Tensor) -> Tensor:
     """x * mask / (1 - p)."""
     with queue("dropout", problem, x) as stream:
         return bn_act(e, x, None, None, None, 0.0, "identity", 0.0, rng, problem.p, stream)
+
+
+def head(
+    e: Any, problem: ConvProblem, y: Tensor, stats: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
+    w: Tensor, bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(out [N,K], feat [N,C])."""
+    with queue("head", problem, y) as stream:
+        p = problem
+        vectors = [vector(v, p.stats_dtype) for v in (stats, gamma, beta, bias)]
+        out, feat = (torch.empty(p.N, size, dtype=p.dtype, device=y.device) for size in (p.K, p.C))
+        e.head(
+            dtype=CODES[p.dtype], N=p.N, pixels=p.H * p.W, C=p.C, K=p.K, y=ptr(y), stats=ptr(vectors[0]),
+            gamma=ptr(vectors[1]), beta=ptr(vectors[2]), eps=p.eps, act=ACTS.index(p.act), slope=p.slope, w=ptr(w),
+            w_dtype=CODES[w.dtype], bias=ptr(vectors[3]), cosine=p.cosine, out=ptr(out), feat=ptr(feat), stream=stream,
+        )  # fmt: skip
+        return out, feat
+
+
+def head_bwd(
+    e: Any, problem: ConvProblem, dfeat: Tensor, y: Tensor, stats: Tensor | None, gamma: Tensor | None,
+    beta: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(dy [N,C,H,W], sums_g [2,C])."""
+    with queue("head_bwd", problem, y) as stream:
+        p = problem
+        sizes = {"dtype": CODES[p.dtype], "N": p.N, "pixels": p.H * p.W, "C": p.C}
+        vectors = [vector(v, p.stats_dtype) for v in (stats, gamma, beta)]
+        sums = workspace = None
+        if stats is not None and (p.batch_stats or p.want_stats):
+            sums = torch.empty((2, p.C), dtype=p.stats_dtype, device=y.device)
+            workspace = scratch(y, e.head_bwd_workspace(**sizes))
+        dy = torch.empty_like(y, memory_format=torch.channels_last)
+        e.head_bwd(
+            **sizes, dfeat=ptr(dfeat), y=ptr(y), stats=ptr(vectors[0]), gamma=ptr(vectors[1]), beta=ptr(vectors[2]),
+            eps=p.eps, act=ACTS.index(p.act), slope=p.slope, batch=p.batch_stats, dy=ptr(dy), sums=ptr(sums),
+            workspace=ptr(workspace), stream=stream,
+        )  # fmt: skip
+        return dy, sums if sums is not None and p.want_stats else absent(y, p.stats_dtype)
