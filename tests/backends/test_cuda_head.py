@@ -96,10 +96,10 @@ def test_nothing_is_written_beside_the_outputs(offset, seeded):
     y = flat.copy_(t["y"].permute(0, 2, 3, 1).reshape(-1))
     rooms = [torch.full((size + 16 + offset,), torch.nan, dtype=torch.bfloat16) for size in (20, 32)]
     out, feat = (room[8 + offset :][:size] for room, size in zip(rooms, (20, 32), strict=True))
+    given = {name: t[name].data_ptr() for name in ("stats", "gamma", "beta", "w", "bias")}
     e.head(
-        dtype=code, N=2, pixels=16, C=16, K=10, y=y.data_ptr(), stats=t["stats"].data_ptr(),
-        gamma=t["gamma"].data_ptr(), beta=t["beta"].data_ptr(), eps=1e-5, act=1, slope=0.0, w=t["w"].data_ptr(), w_dtype=code,
-        bias=t["bias"].data_ptr(), cosine=False, out=out.data_ptr(), feat=feat.data_ptr(), stream=0,
+        dtype=code, w_dtype=code, N=2, pixels=16, C=16, K=10, y=y.data_ptr(), **given, eps=1e-5, act=1, slope=0.0,
+        cosine=False, out=out.data_ptr(), feat=feat.data_ptr(), stream=0,
     )  # fmt: skip
     want, eager = exactly(call, torch.bfloat16)
     near(out.view(2, 10), want[0], eager[0])
