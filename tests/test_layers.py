@@ -39,6 +39,7 @@ LAYERS = {
 SIDEWAYS = {
     "checks": {"errors", "masks", "problem"},
     "problem": {"errors"},
+    "scales": {"errors"},
     "precision": {"errors", "setting"},
     "steps": {"problem"},
     "held": {"packing"},

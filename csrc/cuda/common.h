@@ -111,6 +111,7 @@ struct Filter {
   // pack_samples_bytes(), kept with `packed`: some elements of each tile as they were. A tile whose elements still are
   // so is not packed again, unless `all`. Null: pack in any case.
   void* samples = nullptr;
+  const float* scale = nullptr;  // [K], of a pack in e4m3: what a row is divided by
 };
 
 // Packs filters of one dtype (bf16, f16), as many of them in one launch as its arguments have room for.
@@ -118,6 +119,15 @@ constexpr int kFilterSamples = 16;  // a tile of 64 x 64
 constexpr int kMostFilters = 32;
 int64_t pack_samples_bytes(const Weight& w, int K, int C, int R, int S);
 void pack_filters(const Filter* filters, int count, DType dtype, bool all, Stream stream);
+
+// Operands in e4m3, whose largest number is 448. Of a dense filter: scale[k] = max |w[k]| / 448, 1 where that is 0;
+// factor[k] = scale[k] * amax / 448; and the packed image of w[k] / scale[k] in rows of 128 channels.
+void filter_scales(const Filter& filter, const float* amax, float* scale, float* factor, Stream stream);
+void pack_filter_e4m3(const Filter& filter, Stream stream);
+// y [rows, C] in e4m3 = act(bn(x)) * mask / (1 - p) * 448 / amax; beyond 448 it is 448. C a multiple of 16, x of 16
+// bits.
+void quantize(const Rows& shape, const void* x, const Norm& norm, Act act, double slope, const Mask& mask,
+              const float* amax, void* y, Stream stream);
 
 // feat [N, C] = mean over the image of act(bn(y)), out [N, K] = f w^T + bias, or |f / max(|f|, 1e-12) w^T + bias| where
 // `cosine`; f is feat before it is rounded. Reads y [N, pixels, C] once for 64 classes.

@@ -36,6 +36,16 @@ struct FilterBlocks : Filter {
   bool vectors;  // 16 bytes at a time
 };
 
+// A value of row k as it is packed.
+template <class T>
+WRN_DEVICE T rounded(const Filter&, int, float v) {
+  return narrow<T>(v);
+}
+template <>
+WRN_DEVICE E4M3 rounded<E4M3>(const Filter& f, int k, float v) {
+  return narrow<E4M3>(k < f.K ? v / f.scale[k] : 0.f);
+}
+
 template <class T>
 struct PackFilters {
   static constexpr int kUnit = 16 / sizeof(T);  // elements of 16 bytes
@@ -49,6 +59,9 @@ struct PackFilters {
   FilterBlocks filters[kMostFilters];
   int count;
   bool all;
+
+  // A row has whole chunks, so that what lies past the last channel becomes zero.
+  WRN_DEVICE static int tiles_of(int C) { return (C + kRow - 1) / kRow * (kRow / kTile); }
 
   template <class S>
   WRN_DEVICE static const S* at(const Filter& f, int k, int c, int tap) {
@@ -75,7 +88,7 @@ struct PackFilters {
 
   template <class S, int V>
   WRN_DEVICE void pack(const Block& block, Shared& s, const Filter& f, int64_t number) const {
-    const int taps = f.R * f.S, tiles_c = (f.C + kTile - 1) / kTile, tap = static_cast<int>(number % taps);
+    const int taps = f.R * f.S, tiles_c = tiles_of(f.C), tap = static_cast<int>(number % taps);
     const int tile = static_cast<int>(number / taps), k0 = tile / tiles_c * kTile, c0 = tile % tiles_c * kTile;
     S* const samples = static_cast<S*>(f.samples);
     if (samples && unchanged<S>(block, s, f, k0, c0, tap, samples + number * kFilterSamples)) return;
@@ -86,7 +99,7 @@ struct PackFilters {
         Vector<S, V> v = {};
         if (k0 + row < f.K && c0 + column < f.C) v = load<V>(at<S>(f, k0 + row, c0 + column, tap));
 #pragma unroll
-        for (int j = 0; j < V; ++j) s.tile[row * kPadded + column + j] = narrow<T>(widen(v.v[j]));
+        for (int j = 0; j < V; ++j) s.tile[row * kPadded + column + j] = rounded<T>(f, k0 + row, widen(v.v[j]));
       }
     });
     block.each([&](int t) {
@@ -116,11 +129,15 @@ struct PackFilters {
     while (i + 1 < count && filters[i + 1].first <= block.x) ++i;
     const FilterBlocks& f = filters[i];
     const int64_t number = block.x - f.first;
-    if (f.w.dtype == DType::f32) {
-      f.vectors ? pack<float, 4>(block, s, f, number) : pack<float, 1>(block, s, f, number);
-    } else {
-      f.vectors ? pack<T, kUnit>(block, s, f, number) : pack<T, 1>(block, s, f, number);
-    }
+    if (f.w.dtype == DType::f32) return from<float>(block, s, f, number);
+    if constexpr (sizeof(T) > 1) return from<T>(block, s, f, number);
+    f.w.dtype == DType::bf16 ? from<BFloat>(block, s, f, number) : from<Half>(block, s, f, number);
+  }
+
+  template <class S>
+  WRN_DEVICE void from(const Block& block, Shared& s, const Filter& f, int64_t number) const {
+    static_cast<const FilterBlocks&>(f).vectors ? pack<S, 16 / sizeof(S)>(block, s, f, number)
+                                                : pack<S, 1>(block, s, f, number);
   }
 };
 
@@ -130,25 +147,30 @@ int64_t pack_samples_bytes(const Weight& w, int K, int C, int R, int S) {
   return ceil_div(K, kTile) * ceil_div(C, kTile) * R * S * kFilterSamples * size_of(w.dtype);
 }
 
-void pack_filters(const Filter* filters, int count, DType dtype, bool all, Stream stream) {
-  const auto start = [&](auto target) {
-    PackFilters<decltype(target)> kernel{};
-    kernel.all = all;
-    for (int done = 0; done < count; done += kernel.count) {
-      int64_t blocks = 0;
-      kernel.count = std::min(kMostFilters, count - done);
-      for (int i = 0; i < kernel.count; ++i) {
-        FilterBlocks& f = kernel.filters[i];
-        static_cast<Filter&>(f) = filters[done + i];
-        f.first = blocks;
-        f.vectors = f.w.stride_c == 1 && f.C * size_of(f.w.dtype) % 16 == 0 && aligned(f.w.data);
-        blocks += ceil_div(f.K, kTile) * ceil_div(f.C, kTile) * f.R * f.S;
-      }
-      launch(blocks, 1, kernel, stream);
+template <class T>
+static void pack_as(const Filter* filters, int count, bool all, Stream stream) {
+  PackFilters<T> kernel{};
+  kernel.all = all;
+  for (int done = 0; done < count; done += kernel.count) {
+    int64_t blocks = 0;
+    kernel.count = std::min(kMostFilters, count - done);
+    for (int i = 0; i < kernel.count; ++i) {
+      FilterBlocks& f = kernel.filters[i];
+      static_cast<Filter&>(f) = filters[done + i];
+      f.first = blocks;
+      f.vectors = f.w.stride_c == 1 && f.C * size_of(f.w.dtype) % 16 == 0 && aligned(f.w.data);
+      blocks += ceil_div(f.K, kTile) * (ceil_div(f.C, PackFilters<T>::kRow) * PackFilters<T>::kRow / kTile) * f.R * f.S;
     }
-  };
-  if (dtype == DType::bf16) return start(BFloat());
-  start(Half());
+    launch(blocks, 1, kernel, stream);
+  }
+}
+
+void pack_filters(const Filter* filters, int count, DType dtype, bool all, Stream stream) {
+  dtype == DType::bf16 ? pack_as<BFloat>(filters, count, all, stream) : pack_as<Half>(filters, count, all, stream);
+}
+
+void pack_filter_e4m3(const Filter& filter, Stream stream) {
+  pack_as<E4M3>(&filter, 1, true, stream);
 }
 
 }  // namespace cuda

@@ -32,6 +32,18 @@ void bind_apply(int dtype, int64_t rows, int C, Pointer x, Pointer stats, Pointe
         at(y), at(stream));
 }
 
+void bind_quantize(int dtype, int64_t rows, int C, Pointer x, Pointer stats, Pointer gamma, Pointer beta, double eps,
+                   int act, double slope, Pointer rng, double p, Pointer amax, Pointer y, Pointer stream) {
+  aligned16(x, "x");
+  aligned16(y, "y");
+  present(amax, "amax");
+  const Rows shape = checked_rows(dtype, rows, C);
+  require(shape.dtype == DType::bf16 || shape.dtype == DType::f16, "dtype", "bfloat16 or float16", dtype);
+  require(C % 16 == 0, "C", "a multiple of 16", C);
+  quantize(shape, at(x), norm(stats, gamma, beta, eps), checked_act(act), slope, mask(rng, p), at<const float>(amax),
+           at(y), at(stream));
+}
+
 void bind_bn_bwd_apply(int dtype, int64_t rows, int C, Pointer g, Pointer x, Pointer stats, Pointer gamma, double eps,
                        Pointer sums, Pointer dx, Pointer stream) {
   present(g, "g");
@@ -112,6 +124,9 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("apply", &bind_apply, release(), py::kw_only(), py::arg("dtype"), py::arg("rows"), py::arg("C"), py::arg("x"),
         py::arg("stats") = 0, py::arg("gamma") = 0, py::arg("beta") = 0, py::arg("eps") = 0., py::arg("act") = 0,
         py::arg("slope") = 0., py::arg("rng") = 0, py::arg("p") = 0., py::arg("y"), py::arg("stream"));
+  m.def("quantize", &bind_quantize, release(), py::kw_only(), py::arg("dtype"), py::arg("rows"), py::arg("C"),
+        py::arg("x"), py::arg("stats"), py::arg("gamma"), py::arg("beta"), py::arg("eps"), py::arg("act"),
+        py::arg("slope"), py::arg("rng"), py::arg("p"), py::arg("amax"), py::arg("y"), py::arg("stream"));
   m.def("bn_bwd_apply", &bind_bn_bwd_apply, release(), py::kw_only(), py::arg("dtype"), py::arg("rows"), py::arg("C"),
         py::arg("g"), py::arg("x"), py::arg("stats"), py::arg("gamma"), py::arg("eps"), py::arg("sums"), py::arg("dx"),
         py::arg("stream"));

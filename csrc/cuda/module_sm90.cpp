@@ -64,12 +64,17 @@ void fprop(const ConvShape& s, int dtype, int tile, Pointer x, Pointer scale, Po
            Pointer w, Pointer x_short, int64_t short_H, int64_t short_W, int64_t short_C, int short_stride,
            Pointer short_scale, Pointer short_shift, int short_act, Pointer w_short, Pointer bias, Pointer residual,
            Pointer y, Pointer y_act, int act_out, Pointer out_scale, Pointer out_shift, Pointer counts, Pointer moments,
-           int splits, Pointer partials, Pointer counters, bool early, Pointer stream) {
+           int splits, Pointer partials, Pointer counters, bool early, Pointer stream, Pointer factor,
+           Pointer factor_short) {
   Sm90Fprop a;
   a.shape = s;
   a.dtype = checked_dtype(dtype);
   a.tile = checked_tile(tile);
-  served("fprop", s, a.dtype, a.tile);
+  served(factor ? "fprop_fp8" : "fprop", s, a.dtype, a.tile);
+  require(!factor || !(scale || short_scale), "scale", "null where there is a factor", "a pointer");
+  require(!factor || !x_short || factor_short, "factor_short", "a pointer where x_short is in 8 bits", "null");
+  a.factor = at<const float>(factor);
+  a.factor_short = at<const float>(factor_short);
   aligned16(x, "x");
   aligned16(w, "w");
   require(y || y_act, "y", "a pointer where there is no y_act", "null");
@@ -169,7 +174,8 @@ void bind_sm90(py::module_& m) {
       },
       "A sentence, or None where the kernels serve the call.");
   m.def("parts", [](const ConvShape& s, bool dgrad, int tile) { return sm90_parts(s, dgrad, checked_tile(tile)); });
-  m.def("splits", &sm90_splits);
+  m.def("splits", &sm90_splits, py::arg("shape"), py::arg("short_C"), py::arg("dgrad"), py::arg("multiprocessors"),
+        py::arg("e4m3") = false);
   m.def("partial_bytes", &sm90_partial_bytes);
   m.def("counters", &sm90_counters);
   m.def("wgrad_workspace", &sm90_wgrad_workspace);
@@ -180,7 +186,7 @@ void bind_sm90(py::module_& m) {
         py::arg("short_shift"), py::arg("short_act"), py::arg("w_short"), py::arg("bias"), py::arg("residual"),
         py::arg("y"), py::arg("y_act"), py::arg("act_out"), py::arg("out_scale"), py::arg("out_shift"),
         py::arg("counts"), py::arg("moments"), py::arg("splits"), py::arg("partials"), py::arg("counters"),
-        py::arg("early"), py::arg("stream"));
+        py::arg("early"), py::arg("stream"), py::arg("factor") = 0, py::arg("factor_short") = 0);
   m.def("dgrad", &dgrad, release(), py::arg("shape"), py::kw_only(), py::arg("dtype"), py::arg("tile"), py::arg("dy"),
         py::arg("w"), py::arg("x"), py::arg("scale"), py::arg("shift"), py::arg("act"), py::arg("slope"),
         py::arg("mean"), py::arg("rstd"), py::arg("g"), py::arg("sums"), py::arg("splits"), py::arg("partials"),

@@ -83,10 +83,11 @@ struct Weights {
 void bind_weights(py::module_& m) {
   m.def(
       "packed_bytes",
-      [](int64_t K, int64_t C, int R, int S, bool transpose) {
-        return transpose ? sm90_packed_bytes(padded(C), K, R, S) : sm90_packed_bytes(padded(K), C, R, S);
+      [](int64_t K, int64_t C, int R, int S, bool transpose, bool e4m3) {
+        return transpose ? sm90_packed_bytes(padded(C), K, R, S) : sm90_packed_bytes(padded(K), C, R, S, e4m3);
       },
-      py::kw_only(), py::arg("K"), py::arg("C"), py::arg("R"), py::arg("S"), py::arg("transpose"));
+      py::kw_only(), py::arg("K"), py::arg("C"), py::arg("R"), py::arg("S"), py::arg("transpose"),
+      py::arg("e4m3") = false);
   m.def(
       "samples_bytes",
       [](int w_dtype, int K, int C, int R, int S) {
@@ -107,6 +108,23 @@ void bind_weights(py::module_& m) {
       release(), py::kw_only(), py::arg("w"), py::arg("w_dtype"), py::arg("stride_k"), py::arg("stride_c"),
       py::arg("stride_r"), py::arg("stride_s"), py::arg("K"), py::arg("C"), py::arg("R"), py::arg("S"),
       py::arg("transpose"), py::arg("dtype"), py::arg("packed"), py::arg("samples"), py::arg("all"), py::arg("stream"));
+  m.def(
+      "pack_e4m3",
+      [](Pointer w, int w_dtype, int64_t stride_k, int64_t stride_c, int64_t stride_r, int64_t stride_s, int K, int C,
+         int R, int S, Pointer amax, Pointer packed, Pointer scale, Pointer factor, Pointer stream) {
+        present(amax, "amax");
+        present(scale, "scale");
+        present(factor, "factor");
+        const DType of_w = checked_dtype(w_dtype, "w_dtype");
+        require(of_w != DType::f64, "w_dtype", "float32, bfloat16 or float16", w_dtype);
+        Filter f = filter(w, w_dtype, stride_k, stride_c, stride_r, stride_s, K, C, R, S, false, of_w, packed, 0);
+        f.scale = at<const float>(scale);
+        filter_scales(f, at<const float>(amax), at<float>(scale), at<float>(factor), at(stream));
+        pack_filter_e4m3(f, at(stream));
+      },
+      release(), py::kw_only(), py::arg("w"), py::arg("w_dtype"), py::arg("stride_k"), py::arg("stride_c"),
+      py::arg("stride_r"), py::arg("stride_s"), py::arg("K"), py::arg("C"), py::arg("R"), py::arg("S"), py::arg("amax"),
+      py::arg("packed"), py::arg("scale"), py::arg("factor"), py::arg("stream"));
   m.def(
       "affine_table",
       [](int wide, int C, Pointer stats, Pointer gamma, Pointer beta, double eps, Pointer table, Pointer stream) {

@@ -16,7 +16,7 @@ from benchmarks.battery import hopper
 
 # Two blocks of 256 threads a multiprocessor: fewer cannot keep enough loads in flight.
 MOST_REGISTERS = 128
-FILES = ("common_stats", "common_passes", "common_pack", "common_fold", "common_head", "common_head_bwd")
+FILES = ("common_stats", "common_passes", "common_pack", "common_fold", "common_head", "common_head_bwd", "common_fp8")
 # Kernels that read or write rows of channels, by what they are called; the last one chooses its vectors as it runs.
 STREAMING = (
     "ChannelStats",

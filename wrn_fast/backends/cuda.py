@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wrn_fast import tuned
+from wrn_fast import scales, tuned
 from wrn_fast._build import missing_extension_reason
 from wrn_fast.kernels import cuda_check, cuda_launch, cuda_passes
 from wrn_fast.kernels.cuda_launch import STEP, Tile
@@ -27,7 +27,7 @@ from wrn_fast.problem import ConvProblem
 
 NAME = "cuda"
 
-_TENSORS = {"fprop": 15, "dgrad": 7, "wgrad": 6}  # arguments of the convolutions
+_TENSORS = {"fprop": 15, "fprop_fp8": 15, "dgrad": 7, "wgrad": 6}  # arguments of the convolutions
 _KERNEL_OF = {"input_grad": "dgrad"}
 _HALVES = (torch.bfloat16, torch.float16)
 _HOPPER, _OLDEST = (9, 0), (7, 5)
@@ -121,7 +121,9 @@ def _refused_convolution(op: str, problem: ConvProblem) -> str | None:
     source = problem.prologue or problem.act != "identity" or (problem.p > 0 and problem.drop_at == "prologue")
     if problem.C % STEP and source:
         return f"needs C to be a multiple of {STEP} where BatchNorm, activation or dropout precede, got {problem.C}"
-    if op == "fprop":
+    if op == "fprop_fp8" and problem.C % STEP:
+        return f"needs C to be a multiple of {STEP} in e4m3, got {problem.C}"
+    if op in ("fprop", "fprop_fp8"):
         if problem.short_C % STEP:
             return f"needs a multiple of {STEP} channels in the shortcut, got {problem.short_C}"
         if problem.short_C and problem.short_stride > 2:
@@ -151,8 +153,11 @@ def wrong(op: str, problem: ConvProblem, tile: Tile, device: torch.device) -> st
 
 
 def _runner(op: str, tile: Tile) -> cuda_check.Run:
-    def run(small: ConvProblem, *tensors: Tensor | None) -> Tensor:
-        out = launch(op, small, tile, *tensors, *[None] * (_TENSORS[op] - len(tensors)))
+    def run(small: ConvProblem, *tensors: Any) -> Tensor:
+        # Of fp8 with scale 1 for the activations; what the filters' scale adds goes in the rounding of the output.
+        ranges = [(torch.full((1,), torch.finfo(torch.float8_e4m3fn).max, device=tensors[0].device), None)]
+        given = [*tensors, *[None] * (_TENSORS[op] - len(tensors))]
+        out = launch(op, small, tile, *given, *(ranges if op == "fprop_fp8" else []))
         return out if op == "wgrad" else out[0]
 
     return run
@@ -179,7 +184,7 @@ def config(op: str, problem: ConvProblem, index: int | None) -> Tile:
 
 def legal(op: str, problem: ConvProblem, tile: Tile) -> bool:
     """Does the kernel of this tile serve the problem?"""
-    if op == "wgrad":
+    if op in ("wgrad", "fprop_fp8"):
         return tile == Tile(0)
     return extension().refuses(op, cuda_launch.shape_of(extension(), problem), CODES[problem.dtype], tile.kind) is None
 
@@ -219,9 +224,11 @@ def forget() -> None:
 
 
 def launch(op: str, problem: ConvProblem, tile: Tile | None, *tensors: Any) -> Any:
-    """Runs a convolution with the given tile (None: the chosen one)."""
+    """Runs a convolution with the given tile (None: the chosen one); `fprop_fp8` with the ranges after the tensors."""
     if op == "wgrad":
         return cuda_launch.wgrad(extension(), problem, *tensors)
+    if op == "fprop_fp8":
+        return cuda_launch.fprop(extension(), problem, Tile(), *tensors)
     device = tensors[0].device
     tile = tile or config(_KERNEL_OF.get(op, op), problem, device.index if device.type == "cuda" else None)
     return getattr(cuda_launch, op)(extension(), problem, tile, *tensors)
@@ -250,6 +257,17 @@ def fprop(
         "fprop", problem, None, x, w, stats, gamma, beta, bias, residual, x_short, w_short, stats_short, gamma_short,
         beta_short, rng, out_scale, out_shift,
     )  # fmt: skip
+
+
+def fprop_fp8(problem: ConvProblem, x: Tensor, w: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """fprop with operands in e4m3, by the ranges that calibration kept for its filters.
+
+    Raises:
+        WrnFastError: a filter has none.
+
+    Numerics: products of e4m3 summed as the tensor cores do, which keep fewer digits of a sum than float32 has.
+    """
+    return launch("fprop_fp8", problem, None, x, w, *rest, scales.needed(w, rest[6]))
 
 
 def dgrad(

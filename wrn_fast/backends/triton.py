@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from wrn_fast import scales, tuned
-from wrn_fast.errors import WrnFastError
 from wrn_fast.kernels import configs
 from wrn_fast.precision import current
 from wrn_fast.problem import ConvProblem
@@ -235,15 +234,7 @@ def fprop_fp8(problem: ConvProblem, x: Tensor, w: Tensor, *rest: Tensor | None) 
     """
     from wrn_fast.kernels.fp8 import Ranges, e4m3
 
-    found: dict[str, Tensor | None] = {}
-    for name, v in (("w", w), ("w_short", rest[6])):
-        found[name] = None if v is None else scales.of(v)
-        if v is not None and found[name] is None:
-            raise WrnFastError(
-                f"`{name}`: expected a filter whose input's range is known (wrn_fast.fp8.calibrate), got one of shape "
-                f"{list(v.shape)} without"
-            )
-    return launch("fprop_fp8", problem, None, x, w, *rest, Ranges(found["w"], found["w_short"], e4m3()))  # type: ignore[arg-type]
+    return launch("fprop_fp8", problem, None, x, w, *rest, Ranges(*scales.needed(w, rest[6]), e4m3()))
 
 
 def dgrad(

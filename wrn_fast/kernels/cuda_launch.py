@@ -16,13 +16,14 @@ from wrn_fast.kernels.cuda_passes import (
     bn_act,
     new,
     ptr,
+    quantize,
     queue,
     rows_of,
     scratch,
     stats_of,
     vector,
 )  # fmt: skip
-from wrn_fast.kernels.cuda_weights import affine, packed, zeros
+from wrn_fast.kernels.cuda_weights import affine, packed, packed_e4m3, zeros
 from wrn_fast.problem import ACTS, ConvProblem
 
 STEP = 16  # channels of a tensor instruction
@@ -80,8 +81,10 @@ class _Source(NamedTuple):
 
 def _source(
     e: Any, apply: bool, x: Tensor, stats: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float,
-    act: str, slope: float, rng: Tensor | None, p: float, stream: int,
+    act: str, slope: float, rng: Tensor | None, p: float, stream: int, amax: Tensor | None = None,
 ) -> _Source:  # fmt: skip
+    if amax is not None:
+        return _Source(quantize(e, x, stats, gamma, beta, eps, act, slope, rng, p, amax, stream), passed=True)
     if stats is None and act == "identity" and p == 0:
         return _Source(aligned(_widened(x)))
     if apply or p > 0 or stats is None:
@@ -90,19 +93,34 @@ def _source(
     return _Source(aligned(x), table.tensor[0], table.tensor[1], act, not table.before)
 
 
-def splits_of(e: Any, problem: ConvProblem, dgrad: bool, index: int | None) -> int:
+class _Filters(NamedTuple):
+    """A packed filter, and in e4m3 what makes its sums numbers; `before` as in `cuda_weights.Made`."""
+
+    image: Tensor
+    before: bool
+    factor: Tensor | None = None
+
+
+def _filters(e: Any, problem: ConvProblem, w: Tensor, amax: Tensor | None, stream: int) -> _Filters:
+    if amax is None:
+        return _Filters(*packed(e, problem, w, False, stream))
+    image, factor = packed_e4m3(e, w, amax, stream)
+    return _Filters(image, False, factor)
+
+
+def splits_of(e: Any, problem: ConvProblem, dgrad: bool, index: int | None, e4m3: bool = False) -> int:
     """Pieces of the reduction with which a small call fills GPU `index` (None: no GPU, one piece)."""
     if index is None:
         return 1
-    return e.splits(shape_of(e, problem), 0 if dgrad else problem.short_C, dgrad, _multiprocessors(index))
+    return e.splits(shape_of(e, problem), 0 if dgrad else problem.short_C, dgrad, _multiprocessors(index), e4m3)
 
 
 def _pieces(
-    e: Any, problem: ConvProblem, tile: Tile, dgrad: bool, x: Tensor, early: bool, stream: int
+    e: Any, problem: ConvProblem, tile: Tile, dgrad: bool, x: Tensor, early: bool, stream: int, e4m3: bool = False
 ) -> dict[str, Any]:
     """How a call is launched. `early`: may it fetch filters before the kernel in front of it has ended?"""
     index = x.device.index if x.device.type == "cuda" else None
-    splits = 1 if tile.kind else splits_of(e, problem, dgrad, index)
+    splits = 1 if tile.kind else splits_of(e, problem, dgrad, index, e4m3)
     if splits == 1:
         return {"splits": 1, "partials": 0, "counters": 0, "early": early}
     shape = shape_of(e, problem)
@@ -115,25 +133,27 @@ def fprop(
     e: Any, problem: ConvProblem, tile: Tile, x: Tensor, w: Tensor, stats: Tensor | None, gamma: Tensor | None,
     beta: Tensor | None, bias: Tensor | None, residual: Tensor | None, x_short: Tensor | None, w_short: Tensor | None,
     stats_short: Tensor | None, gamma_short: Tensor | None, beta_short: Tensor | None, rng: Tensor | None,
-    out_scale: Tensor | None, out_shift: Tensor | None,
+    out_scale: Tensor | None, out_shift: Tensor | None, ranges: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(y, stats_y, y_act); an absent output has 0 elements."""
+    """(y, stats_y, y_act); an absent output has 0 elements. `ranges`, of both sources: operands in e4m3."""
     with queue("fprop", problem, x) as stream:
         p, shape = problem, shape_of(e, problem)
         dropping = {where: p.p if p.drop_at == where else 0.0 for where in ("prologue", "output", "output_act")}
-        filters = packed(e, p, w, False, stream)
+        filters = _filters(e, p, w, ranges[0], stream)
         short = filters_short = None
         if x_short is not None:
             assert w_short is not None
-            filters_short = packed(e, p, w_short, False, stream)
+            filters_short = _filters(e, p, w_short, ranges[1], stream)
             short = _source(
                 e, tile.apply, x_short, stats_short, gamma_short, beta_short, p.short_eps, p.short_act, p.slope, None,
-                0.0, stream,
+                0.0, stream, ranges[1],
             )  # fmt: skip
         source = _source(
-            e, tile.apply, x, stats, gamma, beta, p.eps, p.act, p.slope, rng, dropping["prologue"], stream
+            e, tile.apply, x, stats, gamma, beta, p.eps, p.act, p.slope, rng, dropping["prologue"], stream, ranges[0]
         )  # fmt: skip
-        packed_short = None if filters_short is None else filters_short.tensor
+        packed_short, factor_short = (
+            (None, None) if filters_short is None else (filters_short.image, filters_short.factor)
+        )
         # The kernel in front must not be one that packs: filters made before this call, or a pass after them.
         early = filters.before if filters_short is None else filters.before and filters_short.before
         early = early or source.passed
@@ -149,7 +169,7 @@ def fprop(
         residual = aligned(residual)
         e.fprop(
             shape, dtype=CODES[p.dtype], tile=tile.kind, x=ptr(source.x), scale=ptr(source.scale),
-            shift=ptr(source.shift), act=ACTS.index(source.act), slope=p.slope, w=ptr(filters.tensor),
+            shift=ptr(source.shift), act=ACTS.index(source.act), slope=p.slope, w=ptr(filters.image),
             x_short=0 if short is None else ptr(short.x), short_H=0 if short is None else short.x.shape[2],
             short_W=0 if short is None else short.x.shape[3], short_C=p.short_C, short_stride=p.short_stride,
             short_scale=0 if short is None else ptr(short.scale),
@@ -158,7 +178,8 @@ def fprop(
             residual=ptr(residual), y=ptr(y), y_act=ptr(y_act),
             act_out=0 if p.act_out == "none" else ACTS.index(p.act_out), out_scale=ptr(out_scale),
             out_shift=ptr(out_shift), counts=ptr(counts), moments=ptr(moments),
-            **_pieces(e, p, tile, False, x, early, stream), stream=stream,
+            **_pieces(e, p, tile, False, x, early, stream, filters.factor is not None), stream=stream,
+            factor=ptr(filters.factor), factor_short=ptr(factor_short),
         )  # fmt: skip
         if y is not None and dropping["output"] > 0:
             bn_act(e, y, None, None, None, 0.0, "identity", 0.0, rng, p.p, stream, into=y)

@@ -90,6 +90,21 @@ def bn_act(
     return y
 
 
+def quantize(
+    e: Any, x: Tensor, stats: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float, act: str,
+    slope: float, rng: Tensor | None, p: float, amax: Tensor, stream: int,
+) -> Tensor:  # fmt: skip
+    """act(bn(x)) * mask / (1 - p) * 448 / amax in e4m3, x of 16 bits with a multiple of 16 channels."""
+    x = aligned(x)
+    stats, gamma, beta = (vector(v) for v in (stats, gamma, beta))
+    y = torch.empty_like(x, dtype=torch.float8_e4m3fn, memory_format=torch.channels_last)
+    e.quantize(
+        **rows_of(x), x=ptr(x), stats=ptr(stats), gamma=ptr(gamma), beta=ptr(beta), eps=eps, act=ACTS.index(act),
+        slope=slope, rng=ptr(rng) if p > 0 else 0, p=p, amax=ptr(amax), y=ptr(y), stream=stream,
+    )  # fmt: skip
+    return y
+
+
 def stats_of(e: Any, x: Tensor, stream: int) -> Tensor:
     out = torch.empty((2, x.shape[1]), dtype=torch.float64 if x.dtype == torch.float64 else None, device=x.device)
     workspace = scratch(x, e.channel_stats_workspace(**rows_of(x)))

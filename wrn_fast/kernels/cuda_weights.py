@@ -86,6 +86,20 @@ def _compared_on_the_device(w: Tensor) -> int:
     return 0
 
 
+def packed_e4m3(e: Any, w: Tensor, amax: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+    """(packed image of w[k] / scale[k] in e4m3, factor [K] = scale * amax / 448), made by this call."""
+    K, C, R, S = w.shape
+    k, c, r, s = w.stride()
+    sizes = {"K": K, "C": C, "R": R, "S": S}
+    image = scratch(w, e.packed_bytes(**sizes, transpose=False, e4m3=True))
+    scale, factor = torch.empty((2, K), device=w.device)
+    e.pack_e4m3(
+        w=ptr(w), w_dtype=CODES[w.dtype], stride_k=k, stride_c=c, stride_r=r, stride_s=s, **sizes, amax=ptr(amax),
+        packed=ptr(image), scale=ptr(scale), factor=ptr(factor), stream=stream,
+    )  # fmt: skip
+    return image, factor
+
+
 def affine(
     e: Any, x: Tensor, stats: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, stream: int
 ) -> Made:
