@@ -5,7 +5,8 @@ make of the model's own parameters and buffers; the capture finds it made and ho
 called before each replay, sees to it that nothing is stale:
 
     changed in place, by the version counter, or `refresh`    everything is made again, in the same memory
-    changed in place where no version shows it                found by samples, where the backend has a `Renewer`
+    changed in place where no version shows it                vectors are copied or folded anew in any case; filters are
+                                                              compared by samples on the device
     another tensor or other memory in its place               WrnFastError, the graph reads the old one
 
 `WRN_FAST_PACK_CACHE=0` holds nothing: the graph makes everything itself.
@@ -30,7 +31,7 @@ class Renewer(Protocol):
     """A backend's way to make all that it made again, by a launch or two."""
 
     def renew(self, everything: bool) -> None:
-        """Everything, or only what a comparison on the device finds changed; on the current stream."""
+        """Everything, or vectors and what a comparison on the device finds changed; on the current stream."""
 
 
 _local = threading.local()
@@ -43,7 +44,8 @@ class Held:
         self._model = model
         self._lasting = {id(t) for t in (*model.parameters(), *model.buffers())}
         self._made: dict[Hashable, tuple[Tensor, Callable[[Tensor], object] | None]] = {}
-        self._sources: dict[int, tuple[Tensor, ...]] = {}
+        self._pairs: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._covered: set[int] = set()
         self._renewers: dict[Hashable, Renewer] = {}
         self.settle()
 
@@ -63,6 +65,8 @@ class Held:
         self._counted = [t for t in self._tensors if not t.is_inference()]
         self._pointers = list(map(Tensor.data_ptr, self._tensors))
         self._seen = self._state()
+        pairs = [pair for key, pair in self._pairs.items() if key not in self._covered]
+        self._copies = [v for made, _, _ in pairs for v in made.unbind()], [v for _, *both in pairs for v in both]
 
     def __len__(self) -> int:
         return len(self._made)
@@ -96,6 +100,9 @@ class Held:
             for tensor, again in self._made.values():
                 if again is not None:
                     again(tensor)
+        if self._copies[0]:
+            with torch.no_grad():
+                torch._foreach_copy_(*self._copies)
         for renewer in self._renewers.values():
             renewer.renew(changed)
         self._seen = state
@@ -145,14 +152,30 @@ def get(
             return None
         found = here._made[whole] = make(), again
         here._lasting.add(id(found[0]))
-        here._sources[id(found[0])] = tuple(t for t in sources if t is not None)
     return found[0]
 
 
-def sources_of(made: Tensor) -> tuple[Tensor, ...] | None:
-    """What a held tensor is made of; None for any other."""
+def side_by_side(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """[2, C] of two vectors, held; copied before each replay unless a `Renewer` covers it."""
+    here = _here([a, b])
+    made = get(("pair", dtype), [a, b], lambda: torch.stack([a, b]).to(dtype), None)
+    if here is not None and made is not None:
+        here._pairs[id(made)] = made, a, b
+    return made
+
+
+def pair_of(made: Tensor) -> tuple[Tensor, Tensor] | None:
+    """What `side_by_side` made a tensor of, for this thread's graph; None for any other."""
     here = _here([made])
-    return None if here is None else here._sources.get(id(made))
+    found = None if here is None else here._pairs.get(id(made))
+    return None if found is None else found[1:]
+
+
+def cover(made: Tensor) -> None:
+    """From now on a `Renewer` writes this pair."""
+    here = _here([made])
+    if here is not None:
+        here._covered.add(id(made))
 
 
 def renewer(key: Hashable, make: Callable[[], Renewer]) -> Renewer | None:

@@ -89,6 +89,7 @@ struct Fold {
   int C = 0;
   double eps = 0;
   void* table = nullptr;
+  void* stats = nullptr;  // [2, C], the same mean and variance in the wide dtype; null: not wanted
 };
 
 // As many of them in one launch as its arguments have room for.

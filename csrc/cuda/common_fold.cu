@@ -29,13 +29,17 @@ struct FoldNorms {
       const int c = (static_cast<int>(block.x) - f.first) * kThreads + t;
       if (c >= f.C) return;
       const W mean = number<W>(f.mean, f.stats_dtype, c);
-      const W rstd = reciprocal_deviation(number<W>(f.var, f.stats_dtype, c), static_cast<W>(f.eps));
+      const W var = number<W>(f.var, f.stats_dtype, c), rstd = reciprocal_deviation(var, static_cast<W>(f.eps));
       const W scale = f.gamma ? rstd * number<W>(f.gamma, f.affine_dtype, c) : rstd;
       W* const table = static_cast<W*>(f.table);
       table[c] = scale;
       table[f.C + c] = (f.beta ? number<W>(f.beta, f.affine_dtype, c) : W(0)) - mean * scale;
       table[2 * f.C + c] = mean;
       table[3 * f.C + c] = rstd;
+      W* const stats = static_cast<W*>(f.stats);
+      if (!stats) return;
+      stats[c] = mean;
+      stats[f.C + c] = var;
     });
   }
 };

@@ -153,11 +153,12 @@ void bind_weights(py::module_& m) {
       .def(
           "add_norm",
           [](Weights& all, int C, Pointer mean, Pointer var, int stats_dtype, Pointer gamma, Pointer beta,
-             int affine_dtype, double eps, Pointer table) {
+             int affine_dtype, double eps, Pointer table, Pointer stats) {
             all.norms.push_back(fold(C, mean, var, stats_dtype, gamma, beta, affine_dtype, eps, table));
+            all.norms.back().stats = at(stats);
           },
           py::kw_only(), py::arg("C"), py::arg("mean"), py::arg("var"), py::arg("stats_dtype"), py::arg("gamma"),
-          py::arg("beta"), py::arg("affine_dtype"), py::arg("eps"), py::arg("table"))
+          py::arg("beta"), py::arg("affine_dtype"), py::arg("eps"), py::arg("table"), py::arg("stats") = 0)
       .def("renew", &Weights::renew, release(), py::kw_only(), py::arg("all"), py::arg("stream"));
 }
 

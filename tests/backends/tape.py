@@ -47,7 +47,7 @@ class Tape(TorchDispatchMode):
         out = func(*args, **kwargs)
         self._alive.append((args, kwargs, out))
         name = func._schema.name.partition("::")[2]
-        if name in _NO_KERNEL or func.is_view:
+        if name in _NO_KERNEL or (func.is_view and _shares(out, args)):
             return out
         self.names.append(name)
         if func._schema.is_mutable:
@@ -55,6 +55,14 @@ class Tape(TorchDispatchMode):
         else:
             self.kernels.append(lambda: _over(out, func(*args, **kwargs)))
         return out
+
+
+def _shares(out: Any, args: tuple) -> bool:
+    """Is it a view, and not a cast or a copy that might have been one?"""
+    first = out if isinstance(out, Tensor) else out[0]
+    return any(
+        isinstance(v, Tensor) and v.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() for v in args
+    )
 
 
 def _over(old: Any, new: Any) -> None:

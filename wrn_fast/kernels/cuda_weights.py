@@ -9,7 +9,6 @@ replay compares the samples of all filters.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -114,40 +113,31 @@ def affine(
         )  # fmt: skip
         return table
 
-    renewer = _renewer(e, x.dtype, x.device)
-    if renewer is None:
+    renewer, row = _renewer(e, x.dtype, x.device), _row(stats, gamma, beta, eps)
+    if renewer is None or row is None:
         return Made(make(), False)
-    add = _fold(stats, gamma, beta, eps)
 
     def hold() -> Tensor:
         table = make()
-        if add is not None:
-            add(renewer.weights, table)
+        renewer.weights.add_norm(**row, table=ptr(table))
+        held.cover(stats)
         return table
 
-    again = None if add is not None else lambda table: table.copy_(make())
-    ready = held.get(("cuda", "affine", eps), [stats, gamma, beta], hold, again)
+    ready = held.get(("cuda", "affine", eps), [stats, gamma, beta], hold, None)
     return Made(make(), False) if ready is None else Made(ready, True)
 
 
-def _fold(stats: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Callable[[Any, Tensor], None] | None:
-    """Adds the fold to a graph's weights, straight from the running statistics; None where they are not at hand."""
-    sources = held.sources_of(stats)
-    if sources is None or len(sources) != 2:
-        return None
-    mean, var = sources
+def _row(stats: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> dict[str, Any] | None:
+    """A fold straight from the running statistics, which writes `stats` too; None where they are not at hand."""
+    pair = held.pair_of(stats)
     dtypes = {v.dtype for v in (gamma, beta) if v is not None} or {torch.float32}
-    if len(dtypes) > 1 or mean.dtype != var.dtype:
+    if pair is None or stats.dtype != torch.float32 or len(dtypes) > 1 or pair[0].dtype != pair[1].dtype:
         return None
-    (affine_dtype,) = dtypes
-
-    def add(weights: Any, table: Tensor) -> None:
-        weights.add_norm(
-            C=len(mean), mean=ptr(mean), var=ptr(var), stats_dtype=CODES[mean.dtype], gamma=ptr(gamma), beta=ptr(beta),
-            affine_dtype=CODES[affine_dtype], eps=eps, table=ptr(table),
-        )  # fmt: skip
-
-    return add
+    mean, var = pair
+    return {
+        "C": len(mean), "mean": ptr(mean), "var": ptr(var), "stats_dtype": CODES[mean.dtype], "gamma": ptr(gamma),
+        "beta": ptr(beta), "affine_dtype": CODES[dtypes.pop()], "eps": eps, "stats": ptr(stats),
+    }  # fmt: skip
 
 
 _counters: dict[tuple[int | None, int], Tensor] = {}
