@@ -73,14 +73,15 @@ def hand_written(device: str) -> None:
     count = 0
     for op, problem in problems(device):
         wide = problem._replace(C=80, K=160, dtype=torch.bfloat16, w_dtype=torch.bfloat16)
-        if cuda.refused(op, wide):
-            continue
-        for tile in cuda.tiles(op, wide):
-            sentence = cuda.wrong(op, wide, tile, place)
-            if sentence:
-                sys.exit(sentence)
-            count += 1
-    for op in ("channel_stats", "bn_bwd_apply", "dropout"):
+        for kind in (op, "fprop_fp8") if op == "fprop" else (op,):
+            if cuda.refused(kind, wide):
+                continue
+            for tile in cuda.tiles(kind, wide):
+                sentence = cuda.wrong(kind, wide, tile, place)
+                if sentence:
+                    sys.exit(sentence)
+                count += 1
+    for op in ("channel_stats", "bn_bwd_apply", "dropout", "act_mask", "head", "head_bwd"):
         elementwise(cuda, op, place)
     print(f"{count} convolutions of the cuda backend exact, its passes run")
 
