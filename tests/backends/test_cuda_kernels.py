@@ -380,28 +380,3 @@ def test_affine_table(cuda, guarded, dtype):
     )
     mean, rstd = stats[0], torch.full((C,), 2.0, dtype=dtype)
     assert parity.mismatch(table, torch.stack([2 * gamma, beta - mean * 2 * gamma, mean, rstd])) is None
-
-
-def test_all_norms_of_a_model_are_folded_by_one_call(cuda, guarded, seed):
-    """More than a launch has room for, vectors of every dtype that a model may have, gamma and beta absent."""
-    g = torch.Generator().manual_seed(seed)
-    weights, rows = cuda.Weights(dtype=CODES["bfloat16"]), []
-    for i in range(60):
-        C = int(torch.randint(1, 700, (1,), generator=g))
-        kinds = [(torch.float32, torch.bfloat16, torch.float16)[j % 3] for j in (i, i // 3)]
-        mean, gamma, beta = (torch.randint(-8, 9, (C,), generator=g).to(kinds[j]) for j in (0, 1, 1))
-        var = torch.full((C,), 0.25 if i % 2 else 4.0, dtype=kinds[0])
-        gamma, beta = gamma if i % 4 else None, beta if i % 5 else None
-        table, stats = guarded.empty(4, C, dtype=torch.float32), guarded.empty(2, C, dtype=torch.float32)
-        weights.add_norm(
-            C=C, mean=ptr(mean), var=ptr(var), stats_dtype=code(kinds[0]), gamma=ptr(gamma), beta=ptr(beta),
-            affine_dtype=code(kinds[1]), eps=0.0, table=ptr(table), stats=ptr(stats),
-        )  # fmt: skip
-        rows.append((mean, var, gamma, beta, table, stats))
-    weights.renew(all=True, stream=0)
-    for mean, var, gamma, beta, table, stats in rows:
-        rstd = var.float().rsqrt()
-        scale = rstd if gamma is None else rstd * gamma.float()
-        shift = (0.0 if beta is None else beta.float()) - mean.float() * scale
-        assert parity.mismatch(table, torch.stack([scale, shift, mean.float(), rstd])) is None
-        assert torch.equal(stats, torch.stack([mean.float(), var.float()]))

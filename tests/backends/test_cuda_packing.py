@@ -6,8 +6,9 @@ import pytest
 import torch
 from backends import cuda_on_cpu
 
-from wrn_fast import packing
+from wrn_fast import packing, parity
 from wrn_fast.kernels import cuda_weights
+from wrn_fast.kernels.cuda_passes import ptr
 from wrn_fast.problem import ConvProblem
 
 PLAIN = ConvProblem("cuda", torch.bfloat16, torch.bfloat16, 128, 32, 32, 160, 160, 3, 3, 1, (1, 1, 1, 1))
@@ -16,6 +17,10 @@ PLAIN = ConvProblem("cuda", torch.bfloat16, torch.bfloat16, 128, 32, 32, 160, 16
 def pack(recorder, w, transpose=False, stream=0):
     """The buffer of one call."""
     return cuda_weights.packed(recorder, PLAIN, w, transpose, stream).tensor
+
+
+def code(dtype):
+    return cuda_on_cpu.CODES[str(dtype).removeprefix("torch.")]
 
 
 def image_of(buffer, rows, columns, R, S, dtype):
@@ -119,11 +124,10 @@ def test_all_filters_of_a_model_are_packed_by_one_call(recorder, seed):
         w = w.contiguous(memory_format=(torch.contiguous_format, torch.channels_last)[i // 2 % 2])
         sizes = {"K": K, "C": C, "R": r, "S": r}
         size = recorder.packed_bytes(**sizes, transpose=False)
-        code = cuda_on_cpu.CODES[str(w.dtype).removeprefix("torch.")]
-        buffer = torch.full((size + recorder.samples_bytes(w_dtype=code, **sizes),), 0xFF, dtype=torch.uint8)
+        buffer = torch.full((size + recorder.samples_bytes(w_dtype=code(w.dtype), **sizes),), 0xFF, dtype=torch.uint8)
         k, c, y, x = w.stride()
         weights.add_filter(
-            w=w.data_ptr(), w_dtype=code, **sizes, stride_k=k, stride_c=c, stride_r=y, stride_s=x, transpose=False,
+            w=ptr(w), w_dtype=code(w.dtype), **sizes, stride_k=k, stride_c=c, stride_r=y, stride_s=x, transpose=False,
             packed=buffer.data_ptr(), samples=buffer.data_ptr() + size,
         )  # fmt: skip
         rows.append((w, buffer))
@@ -139,3 +143,29 @@ def test_all_filters_of_a_model_are_packed_by_one_call(recorder, seed):
         w.mul_(-1)
     weights.renew(all=False, stream=0)
     check()
+
+
+def test_all_norms_of_a_model_are_folded_by_one_call(recorder, seed):
+    """More than a launch has room for, vectors of every dtype that a model may have, gamma and beta absent."""
+    g = torch.Generator().manual_seed(seed)
+    weights, rows = recorder.Weights(dtype=cuda_on_cpu.CODES["bfloat16"]), []
+    for i in range(60):
+        C = int(torch.randint(1, 700, (1,), generator=g))
+        kinds = [(torch.float32, torch.bfloat16, torch.float16)[j % 3] for j in (i, i // 3)]
+        mean, gamma, beta = (torch.randint(-8, 9, (C,), generator=g).to(kinds[j]) for j in (0, 1, 1))
+        var = torch.full((C,), 0.25 if i % 2 else 4.0, dtype=kinds[0])
+        gamma, beta = gamma if i % 4 else None, beta if i % 5 else None
+        room = torch.full((8, C), torch.nan)
+        table, stats = room[1:5], room[6:]
+        weights.add_norm(
+            C=C, mean=ptr(mean), var=ptr(var), stats_dtype=code(kinds[0]), gamma=ptr(gamma), beta=ptr(beta),
+            affine_dtype=code(kinds[1]), eps=0.0, table=ptr(table), stats=ptr(stats),
+        )  # fmt: skip
+        rows.append((mean, var, gamma, beta, room))
+    weights.renew(all=True, stream=0)
+    for mean, var, gamma, beta, room in rows:
+        rstd = var.float().rsqrt()
+        scale = rstd if gamma is None else rstd * gamma.float()
+        shift = (0.0 if beta is None else beta.float()) - mean.float() * scale
+        assert parity.mismatch(room[1:5], torch.stack([scale, shift, mean.float(), rstd])) is None
+        assert torch.equal(room[6:], torch.stack([mean.float(), var.float()])) and room[[0, 5]].isnan().all()
