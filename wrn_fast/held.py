@@ -68,9 +68,6 @@ class Held:
         pairs = [pair for key, pair in self._pairs.items() if key not in self._covered]
         self._copies = [v for made, _, _ in pairs for v in made.unbind()], [v for _, *both in pairs for v in both]
 
-    def __len__(self) -> int:
-        return len(self._made)
-
     @contextmanager
     def collecting(self) -> Iterator[None]:
         """Inside, this thread's calls of `get` are answered from here."""

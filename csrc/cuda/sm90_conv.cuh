@@ -38,15 +38,15 @@ struct Chunk {
   int chunk, parity, halo, first_column, columns, fetches, taps;
 };
 
-// Units of the reduction of a job: those of the main source come first.
+// Units of the reduction of a job: the first `main` are the main source's, [begin, end) the split's.
 struct Units {
-  int main, all, begin, end;  // of which [begin, end) are the split's
+  int main, begin, end;
 };
 template <class T, class Params>
 SM90_FN Units units_of(const Params& p, const Job& j) {
   const int main = chunks_of(p.source.channels, T::chunk) * p.source.columns[j.parity & 1].count;
-  const int all = main + chunks_of(p.source_short.channels, T::chunk), splits = p.schedule.splits;
-  return {main, all, split_begin(all, splits, j.split), split_begin(all, splits, j.split + 1)};
+  const int units = main + chunks_of(p.source_short.channels, T::chunk), splits = p.schedule.splits;
+  return {main, split_begin(units, splits, j.split), split_begin(units, splits, j.split + 1)};
 }
 
 // The chunks of units [begin, end) of a job, in the order in which all roles walk through the rings. One call of
