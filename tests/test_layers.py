@@ -28,10 +28,10 @@ LAYERS = {
         "_build",
         "machine",
     },
-    1: {"kernels", "packing", "native"},
+    1: {"kernels", "packing", "held", "native"},
     2: {"backends"},
     3: {"dispatch"},
-    4: {"ops", "autograd"},
+    4: {"ops", "autograd", "autograd_head"},
     5: {"functional", "chain"},
     6: {"reference", "block", "model", "convert", "parity", "mc", "graphs", "fp8"},
     7: {"tune", "tune_cpu", "verify", "cli", "demo", "recipes"},
@@ -39,9 +39,12 @@ LAYERS = {
 SIDEWAYS = {
     "checks": {"errors", "masks", "problem"},
     "problem": {"errors"},
+    "scales": {"errors"},
     "precision": {"errors", "setting"},
     "steps": {"problem"},
+    "held": {"packing"},
     "autograd": {"ops"},
+    "autograd_head": {"autograd", "ops"},
     "cache": {"errors"},
     "tuned": {"errors", "problem", "cache"},
     "measured": {"errors", "problem", "cache", "machine"},
@@ -57,7 +60,7 @@ SIDEWAYS = {
     "demo": {"cli"},
     "recipes": {"demo"},
 }
-NARROW = {"reference": {"errors"}, "kernels": LAYERS[0] | {"packing"}, "dispatch": LAYERS[0] | {"backends"}}
+NARROW = {"reference": {"errors"}, "kernels": LAYERS[0] | {"packing", "held"}, "dispatch": LAYERS[0] | {"backends"}}
 
 # Third-party modules beside torch, and who may import them (at any depth, also inside functions).
 OUTSIDERS = {

@@ -39,7 +39,8 @@ def test_an_unknown_name():
 
 
 @pytest.mark.parametrize(
-    "value, pinned", (("1", "1"), ("f4", "f4"), ("f3", "f3"), ("f2", "f2"), ("direct", "direct"), ("0", ""), ("", ""), (None, ""))
+    "value, pinned",
+    (("1", "1"), ("f4", "f4"), ("f3", "f3"), ("f2", "f2"), ("direct", "direct"), ("0", ""), ("", ""), (None, "")),
 )
 def test_the_pin(monkeypatch, value, pinned):
     if value is None:

@@ -32,21 +32,12 @@ def composite(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     a = FpropArgs(*args)
     problem = fprop_problem(a)
     wide = problem.stats_dtype
-
-    def normal(
-        v: Tensor, stats: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float, batch_stats: bool
-    ) -> Tensor:
-        if stats is None or not batch_stats:
-            return aten.normalize(v.to(wide), stats, gamma, beta, eps)
-        gamma, beta = (None if t is None else t.to(wide) for t in (gamma, beta))
-        return torch.batch_norm(v.to(wide), gamma, beta, None, None, True, 0.0, eps, False)
-
     with torch.autocast(problem.device, enabled=False):
-        x = normal(a.x, a.stats, a.gamma, a.beta, a.eps, a.batch_stats)
+        x = normalize(a.x.to(wide), a.stats, a.gamma, a.beta, a.eps, a.batch_stats)
         x_short = a.x_short
         if x_short is not None:
-            x_short = normal(
-                x_short, a.stats_short, a.gamma_short, a.beta_short, a.short_eps, a.short_batch_stats
+            x_short = normalize(
+                x_short.to(wide), a.stats_short, a.gamma_short, a.beta_short, a.short_eps, a.short_batch_stats
             )  # fmt: skip
         y, y_act = aten.forward(
             problem, x, a.w, None, None, None, a.bias, a.residual, x_short, a.w_short, None, None, None, *args[12:15]
@@ -54,6 +45,16 @@ def composite(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         y = y.to(problem.dtype)
         stats_y = aten.moments(y.detach().to(wide)) if a.want_stats else a.x.new_empty(0, dtype=wide)
     return y, stats_y, a.x.new_empty(0) if y_act is None else y_act.to(problem.dtype)
+
+
+def normalize(
+    v: Tensor, stats: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float, batch_stats: bool
+) -> Tensor:
+    """BatchNorm of v in its dtype; differentiable by v also through batch statistics, which are taken from v again."""
+    if stats is None or not batch_stats:
+        return aten.normalize(v, stats, gamma, beta, eps)
+    gamma, beta = (None if t is None else t.to(v.dtype) for t in (gamma, beta))
+    return torch.batch_norm(v, gamma, beta, None, None, True, 0.0, eps, False)
 
 
 class _Source(NamedTuple):
@@ -127,8 +128,8 @@ class _Fprop(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grads: dict[str, Tensor | None] = {}
         if dy is not None:
-            wanted = {name for i, name in enumerate(TENSORS) if name in DIFFERENTIABLE and _is_wanted(ctx, i)}
-            if wanted and (torch.is_grad_enabled() or _is_many(dy)):
+            wanted = {name for i, name in enumerate(TENSORS) if name in DIFFERENTIABLE and is_wanted(ctx, i)}
+            if wanted and (torch.is_grad_enabled() or is_many(dy)):
                 grads = _in_aten(ctx, dy, wanted)
             else:
                 with dispatch.take_over(ctx.selection), take_over_precision(ctx.precision):
@@ -174,13 +175,13 @@ def _autograd(keyset: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
 ops.LIB.impl("fprop", _autograd, "Autograd", with_keyset=True)
 
 
-def _is_many(dy: Tensor) -> bool:
+def is_many(dy: Tensor | None) -> bool:
     """is_grads_batched (a Jacobian with vectorize=True) hands over many gradients as one, which no kernel serves."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(dy)
+    return dy is not None and not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(dy)
 
 
-def _is_wanted(ctx: Any, i: int) -> bool:
-    """Will the engine use the gradient of tensor i in this backward call? Unsure means yes.
+def is_wanted(ctx: Any, i: int) -> bool:
+    """Will the engine use the gradient of tensor argument i in this backward call? Unsure means yes.
 
     `needs_input_grad` says what requires a gradient, not what this call wants: `autograd.grad(loss, [x])` would pay
     for every wgrad (pytorch issue 174017).

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from wrn_fast import held
 from wrn_fast.chain import run_blocks
 from wrn_fast.functional import bn_act_conv, channel_stats
 
@@ -142,6 +143,15 @@ def update_running(bn: nn.BatchNorm2d, stats: Tensor, x: Tensor) -> None:
         )
 
 
+def running_stats(bn: nn.BatchNorm2d, dtype: torch.dtype) -> Tensor:
+    """[2, C] of a BatchNorm that has running statistics; a graph that is being captured gets them ready-made."""
+    mean, var = bn.running_mean, bn.running_var
+    assert mean is not None and var is not None
+
+    found = None if torch.compiler.is_compiling() else held.side_by_side(mean, var, dtype)
+    return torch.stack([mean, var]).to(dtype) if found is None else found
+
+
 def batch_norm(bn: nn.BatchNorm2d, x: Tensor, stats: Tensor | None) -> Prologue:
     """The operator's arguments for bn(x); moves the running statistics where BatchNorm2d would.
 
@@ -155,8 +165,7 @@ def batch_norm(bn: nn.BatchNorm2d, x: Tensor, stats: Tensor | None) -> Prologue:
     """
     batch = uses_batch_stats(bn)
     if not batch:
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        stats = torch.stack([bn.running_mean, bn.running_var]).to(dtype)  # type: ignore[list-item]
+        stats = running_stats(bn, torch.float64 if x.dtype == torch.float64 else torch.float32)
     else:
         if x.numel() == x.shape[1]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")

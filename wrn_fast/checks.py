@@ -17,12 +17,12 @@ from wrn_fast.errors import WrnFastError
 from wrn_fast.problem import DROP_AT, ConvProblem, FpropArgs
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_REQUIRED = ("x", "w")
+_REQUIRED = ("x", "y", "w")
 _KINDS: dict[str, tuple[type, str]] = {
     **dict.fromkeys(("stride", "short_stride"), (Integral, "an integer")),
     **dict.fromkeys(("slope", "eps", "p", "short_eps"), (Real, "a number")),
     **dict.fromkeys(("act", "drop_at", "short_act", "act_out"), (str, "a string")),
-    **dict.fromkeys(("batch_stats", "short_batch_stats", "want_y", "want_stats"), (bool, "a bool")),
+    **dict.fromkeys(("batch_stats", "short_batch_stats", "want_y", "want_stats", "cosine"), (bool, "a bool")),
 }
 
 
@@ -33,7 +33,7 @@ def check_model(model: object, name: str = "model") -> None:
 
 
 def check_types(named: Mapping[str, Any]) -> None:
-    """Python types of fprop's arguments, by name: asked only after something went wrong, to say what it was."""
+    """Python types of arguments, by name: asked only after something went wrong, to say what it was."""
     for name, v in named.items():
         if name == "pad":
             if not isinstance(v, Integral) and not (
@@ -329,6 +329,62 @@ def bn_bwd_apply_problem(
 def channel_stats_problem(x: Tensor) -> ConvProblem:
     """The problem of channel_stats, checked."""
     return _plain_problem(x, want_stats=True)
+
+
+def head_problem(
+    y: Tensor,
+    stats: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    w: Tensor,
+    bias: Tensor | None,
+    act: str,
+    slope: float,
+    eps: float,
+    batch_stats: bool,
+    cosine: bool,
+) -> ConvProblem:
+    """The problem of head, checked."""
+    check_x(y, "y")
+    n, c, h, wd = y.shape
+    if w.dim() != 2 or w.shape[1] != c or w.shape[0] == 0:
+        raise WrnFastError(f"`w`: expected shape [K, {c}] to match y's C={c}, got {list(w.shape)}")
+    if w.dtype != y.dtype and not (w.dtype == torch.float32 and y.dtype in (torch.float16, torch.bfloat16)):
+        raise WrnFastError(f"`w`: expected {y.dtype} as y has (or float32 beside a 16-bit y), got {w.dtype}")
+    check_place("w", w, y)
+    problem = ConvProblem(
+        y.device.type, y.dtype, w.dtype, n, h, wd, c, w.shape[0], 1, 1, act=act, slope=slope, eps=eps,
+        prologue=stats is not None, affine=gamma is not None or beta is not None, batch_stats=batch_stats,
+        bias=bias is not None, cosine=cosine,
+    )  # fmt: skip
+    problem.check()
+    check_prologue("", y, stats, gamma, beta)
+    check_vector("bias", bias, y, (problem.K,))
+    return problem
+
+
+def head_bwd_problem(
+    dfeat: Tensor,
+    y: Tensor,
+    stats: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    act: str,
+    slope: float,
+    eps: float,
+    batch_stats: bool,
+    want_sums: bool,
+) -> ConvProblem:
+    """The problem of head_bwd, checked."""
+    problem = _plain_problem(
+        y, act=act, slope=slope, eps=eps, prologue=stats is not None, affine=gamma is not None or beta is not None,
+        batch_stats=stats is not None and batch_stats, want_stats=want_sums,
+    )  # fmt: skip
+    check_prologue("", y, stats, gamma, beta)
+    check_vector("dfeat", dfeat, y, (problem.N, problem.C), problem.stats_dtype)
+    if want_sums and stats is None:
+        raise WrnFastError("`want_sums`: expected False without `stats`, got True")
+    return problem
 
 
 def dropout_problem(x: Tensor, rng: Tensor, p: float) -> ConvProblem:

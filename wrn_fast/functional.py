@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from wrn_fast import autograd, ops, random
+from wrn_fast import autograd, autograd_head, ops, random
 from wrn_fast.backends import aten
 from wrn_fast.checks import check_types, check_x
 from wrn_fast.errors import WrnFastError
@@ -23,6 +23,13 @@ class ConvOutput(NamedTuple):
     y: Tensor
     stats: Tensor
     y_act: Tensor
+
+
+class HeadOutput(NamedTuple):
+    """What `head` gives."""
+
+    out: Tensor
+    feature: Tensor
 
 
 def _composite_wanted() -> bool:
@@ -153,24 +160,83 @@ def bn_act_conv(
         raise
 
 
+def head(
+    y: Tensor,
+    w: Tensor,
+    bias: Tensor | None = None,
+    stats: Tensor | None = None,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    *,
+    act: str = "relu",
+    slope: float = 0.01,
+    eps: float = 1e-5,
+    batch_stats: bool = False,
+    cosine: bool = False,
+) -> HeadOutput:
+    """BatchNorm, activation, mean over the image and the classes of a network in one operator.
+
+        f = mean over H, W of act((y - mean) / sqrt(var + eps) * gamma + beta)
+        out = f w' + bias                              or, `cosine`:    |f / max(|f|, 1e-12) w' + bias|
+
+    Args:
+        y: [N, C, H, W], float16, bfloat16, float32 or float64; any strides, channels_last is read without a copy.
+        w: [K, C], y's dtype, or float32 beside a 16-bit y (its gradient is then float32).
+        bias: [K], any floating dtype.
+        stats: [2, C] mean and biased variance, float32 (float64 for float64 y). None: no BatchNorm.
+        gamma, beta: [C], any floating dtype; None is 1 and 0.
+        act: "identity", "relu", "silu", "leaky_relu".
+        batch_stats: the statistics are y's own (training), so they pass a gradient to y.
+
+    Returns:
+        HeadOutput: out [N, K] and feature [N, C] in y's dtype (autocast's under autocast), contiguous.
+
+    Raises:
+        WrnFastError: a dtype, device, shape or value that does not fit; the message names the argument.
+
+    Numerics: everything is float32 (float64 for float64) up to the one rounding of each output. Deterministic.
+    Source: Zagoruyko and Komodakis, Wide Residual Networks (BMVC 2016), table 1; cosine: Zaeemzadeh et al.,
+    Out-of-Distribution Detection Using Union of 1-Dimensional Subspaces (CVPR 2021), section 3.
+    """
+    try:
+        if _autocasts(y):
+            dtype = autocast_dtype(y)
+            y, w = _autocast(y, dtype), _autocast(w, dtype, torch.float32)
+        args = (y, stats, gamma, beta, w, bias, act, slope, eps, batch_stats, cosine)
+        if _composite_wanted():
+            return HeadOutput(*autograd_head.composite(*args))
+        if torch.is_grad_enabled():
+            _check_stats("stats", stats)
+        return HeadOutput(*ops.head(*args))
+    except (AttributeError, RuntimeError, TypeError):
+        tensors = {"y": y, "w": w, "bias": bias, "stats": stats, "gamma": gamma, "beta": beta}
+        scalars = {"act": act, "slope": slope, "eps": eps, "batch_stats": batch_stats, "cosine": cosine}
+        check_types(tensors | scalars)
+        raise
+
+
 def _cast(a: FpropArgs, dtype: torch.dtype) -> FpropArgs:
     """Autocast by hand: activations only. A float32 filter stays the parameter that it is, and packing casts it."""
-
-    def cast(v: Any, kept: torch.dtype | None = None) -> Any:
-        return v if v is None or v.dtype not in _AUTOCAST or v.dtype is kept else v.to(dtype)
-
     return a._replace(
-        x=cast(a.x), residual=cast(a.residual), x_short=cast(a.x_short), w=cast(a.w, torch.float32),
-        w_short=cast(a.w_short, torch.float32),
+        x=_autocast(a.x, dtype), residual=_autocast(a.residual, dtype), x_short=_autocast(a.x_short, dtype),
+        w=_autocast(a.w, dtype, torch.float32), w_short=_autocast(a.w_short, dtype, torch.float32),
     )  # fmt: skip
+
+
+def _autocast(v: Any, dtype: torch.dtype, kept: torch.dtype | None = None) -> Any:
+    return v if v is None or v.dtype not in _AUTOCAST or v.dtype is kept else v.to(dtype)
 
 
 def _check_gradient(a: FpropArgs) -> None:
     """Gradients that are asked for and would be missing."""
-    for name, v in (("stats", a.stats), ("stats_short", a.stats_short)):
-        if v is not None and v.requires_grad:
-            raise WrnFastError(f"`{name}`: expected a tensor without gradient (channel_stats gives one), got one with")
+    _check_stats("stats", a.stats)
+    _check_stats("stats_short", a.stats_short)
     if a.act_out != "none" and any(isinstance(v, Tensor) and v.requires_grad for v in a):
         raise WrnFastError(
             "`act_out`: the second output has no gradient; expected torch.no_grad() or inputs without gradient"
         )
+
+
+def _check_stats(name: str, stats: Tensor | None) -> None:
+    if stats is not None and stats.requires_grad:
+        raise WrnFastError(f"`{name}`: expected a tensor without gradient (channel_stats gives one), got one with")

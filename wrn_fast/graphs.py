@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from wrn_fast.errors import WrnFastError
+from wrn_fast.held import Held
 
 _DEVICE = "cuda"
 # Before a capture: kernels are compiled and proved, memory is reserved, libraries have chosen.
@@ -19,8 +21,8 @@ _WARMUP = 3
 class Graphed:
     """What `graphed` gives: calls like the model, on inputs of the example's shape."""
 
-    def __init__(self, model: nn.Module, example: Tensor, run: Callable[[Tensor], Any], training: bool) -> None:
-        self.model, self.training = model, training
+    def __init__(self, model: nn.Module, example: Tensor, run: Callable[[Tensor], Any], held: Held) -> None:
+        self.model, self.training, self._held = model, model.training, held
         self._shape, self._dtype, self._device = example.shape, example.dtype, example.device
         self._run = run
 
@@ -28,7 +30,8 @@ class Graphed:
         """The model's output for x, in tensors of its own.
 
         Raises:
-            WrnFastError: x differs from the example in shape, dtype or device, or the model from its mode at capture.
+            WrnFastError: x differs from the example in shape, dtype or device, or the model from its mode at capture;
+                a parameter, buffer or module of the model was replaced or moved since.
         """
         if (x.shape, x.dtype, x.device) != (self._shape, self._dtype, self._device):
             raise WrnFastError(
@@ -38,6 +41,7 @@ class Graphed:
         if self.model.training != self.training:
             was, now = ("train", "eval") if self.training else ("eval", "train")
             raise WrnFastError(f"`model`: expected {was}() mode as captured, got {now}(): capture it again")
+        self._held.renew()
         return self._run(x)
 
 
@@ -57,8 +61,14 @@ def graphed(model: nn.Module, example: Tensor) -> Graphed:
     """The model as a CUDA graph: one launch a call instead of a hundred, for latency at small batches.
 
     In eval mode under `torch.no_grad()` (or with no parameter that requires a gradient) the forward pass is captured;
-    else forward and backward are, and the result is differentiable. Weights, statistics and dropout masks are read and
-    drawn at each replay, as without a graph: change weights in place, do not replace them.
+    else forward and backward are, and the result is differentiable. Dropout masks are drawn at each replay.
+
+    Weights and statistics may be changed in place between replays, by `load_state_dict` or training, and are followed.
+    In eval mode packed filters (of the cuda backend) and folded BatchNorms are made outside of the graph: a call looks
+    at the version counters first and makes them again if one has moved; for writes that no counter shows (fused
+    optimizers, `.data`) it folds anew in any case and compares samples of the filters on the device. After such a write
+    to a few elements of a filter call `refresh(model)`. A parameter, buffer or module that was replaced or moved makes
+    the next call raise.
 
     Args:
         model: on a CUDA device, in the mode in which it will run.
@@ -77,14 +87,17 @@ def graphed(model: nn.Module, example: Tensor) -> Graphed:
     if example.device.type != _DEVICE:
         raise WrnFastError(f"`example`: expected a tensor on a CUDA device, got one on {example.device}")
     gradients = torch.is_grad_enabled() and (example.requires_grad or any(p.requires_grad for p in model.parameters()))
+    held = Held(model)
     with _buffers_kept(model):
         if gradients:
             run = torch.cuda.make_graphed_callables(
                 _Whole(model), (example.detach().clone().requires_grad_(example.requires_grad),), _WARMUP
             )
         else:
-            run = _inference(model, example)
-    return Graphed(model, example, run, model.training)
+            with contextlib.nullcontext() if model.training else held.collecting():
+                run = _inference(model, example)
+    held.settle()
+    return Graphed(model, example, run, held)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 Schemas are functional, tensors first; every activation and filter leaves an operator in channels_last. `fprop` alone
 has a gradient (`wrn_fast.autograd`): its backward is made of the other primitives, each an operator of its own, so that
-a compiler can drop the ones whose result nobody wants.
+a compiler can drop the ones whose result nobody wants. So has `head` (`wrn_fast.autograd_head`), whose is `head_bwd`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from wrn_fast.checks import (
     dgrad_problem,
     dropout_problem,
     fprop_problem,
+    head_bwd_problem,
+    head_problem,
     input_grad_problem,
     wgrad_problem,
 )
@@ -57,6 +59,14 @@ LIB.define(
 )
 LIB.define("channel_stats(Tensor x) -> Tensor")
 LIB.define("dropout(Tensor x, Tensor rng, float p) -> Tensor")
+LIB.define(
+    "head(Tensor y, Tensor? stats, Tensor? gamma, Tensor? beta, Tensor w, Tensor? bias, str act, float slope, "
+    "float eps, bool batch_stats, bool cosine) -> (Tensor, Tensor)"
+)
+LIB.define(
+    "head_bwd(Tensor dfeat, Tensor y, Tensor? stats, Tensor? gamma, Tensor? beta, str act, float slope, float eps, "
+    "bool batch_stats, bool want_sums) -> (Tensor, Tensor)"
+)
 
 fprop = torch.ops.wrn_fast.fprop.default
 dgrad = torch.ops.wrn_fast.dgrad.default
@@ -66,6 +76,8 @@ act_mask = torch.ops.wrn_fast.act_mask.default
 input_grad = torch.ops.wrn_fast.input_grad.default
 channel_stats = torch.ops.wrn_fast.channel_stats.default
 dropout = torch.ops.wrn_fast.dropout.default
+head = torch.ops.wrn_fast.head.default
+head_bwd = torch.ops.wrn_fast.head_bwd.default
 
 
 # Implementations: a problem, a layout, a choice.
@@ -140,8 +152,17 @@ def _dropout(x: Tensor, rng: Tensor, p: float) -> Tensor:
     return _run("dropout", dropout_problem(x, rng, p), _nhwc(x), rng)
 
 
+def _head(y: Tensor, stats: Any, gamma: Any, beta: Any, w: Tensor, bias: Any, *rest: Any) -> tuple[Tensor, Tensor]:
+    problem = head_problem(y, stats, gamma, beta, w, bias, *rest)
+    return _run("head", problem, _nhwc(y), stats, gamma, beta, w.contiguous(), bias)
+
+
+def _head_bwd(dfeat: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _run("head_bwd", head_bwd_problem(dfeat, y, *rest), dfeat.contiguous(), _nhwc(y), *rest[:3])
+
+
 for _implementation in (
-    _fprop, _dgrad, _wgrad, _bn_bwd_apply, _act_mask, _input_grad, _channel_stats, _dropout,
+    _fprop, _dgrad, _wgrad, _bn_bwd_apply, _act_mask, _input_grad, _channel_stats, _dropout, _head, _head_bwd,
 ):  # fmt: skip
     LIB.impl(_implementation.__name__[1:], _implementation, "CompositeExplicitAutograd")
 
@@ -206,3 +227,15 @@ def _fake_channel_stats(x: Tensor) -> Tensor:
 def _fake_dropout(x: Tensor, rng: Tensor, p: float) -> Tensor:
     dropout_problem(x, rng, p)
     return _new(x, *x.shape)
+
+
+@torch.library.register_fake("wrn_fast::head", lib=LIB)
+def _fake_head(y: Tensor, stats: Any, gamma: Any, beta: Any, w: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    problem = head_problem(y, stats, gamma, beta, w, *rest)
+    return y.new_empty((problem.N, problem.K)), y.new_empty((problem.N, problem.C))
+
+
+@torch.library.register_fake("wrn_fast::head_bwd", lib=LIB)
+def _fake_head_bwd(dfeat: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    problem = head_bwd_problem(dfeat, y, *rest)
+    return _new(y, *y.shape), _new_stats(problem, y, problem.C)

@@ -56,6 +56,7 @@ class _Derived:
 
 _entries: dict[int, _Entry] = {}
 _derived: dict[int, _Derived] = {}
+_refreshed = 0  # calls of `refresh`
 
 
 def sample_step(count: int) -> int:
@@ -172,6 +173,8 @@ def refresh(model: nn.Module | None = None) -> None:
     Raises:
         WrnFastError: `model` is neither.
     """
+    global _refreshed
+    _refreshed += 1
     if model is None:
         _entries.clear()
         _derived.clear()
@@ -180,6 +183,11 @@ def refresh(model: nn.Module | None = None) -> None:
     for w in model.parameters():
         _entries.pop(id(w), None)
         _derived.pop(id(w), None)
+
+
+def generation() -> int:
+    """A number that each `refresh` moves."""
+    return _refreshed
 
 
 def report() -> list[Row]:

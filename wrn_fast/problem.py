@@ -23,6 +23,7 @@ from wrn_fast.errors import WrnFastError
 ACTS = ("identity", "relu", "silu", "leaky_relu")
 DROP_AT = ("none", "prologue", "output", "output_act")
 ACTS_OUT = ("none", *ACTS)
+NORM_EPS = 1e-12  # of the cosine head: a feature shorter than this is divided by it, as F.normalize does
 
 
 class FpropArgs(NamedTuple):
@@ -98,7 +99,8 @@ class ConvProblem(NamedTuple):
     short_batch_stats: bool = False
     act_out: str = "none"  # activation of the second output; none: there is no second output
     want_y: bool = True
-    want_stats: bool = False  # fprop: statistics of y; dgrad: sums of g and g*xhat
+    want_stats: bool = False  # fprop: statistics of y; dgrad, head_bwd: sums of g and g*xhat
+    cosine: bool = False  # head: K classes by the angle to the feature instead of by the product with it
 
     @property
     def P(self) -> int:

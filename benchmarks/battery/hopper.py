@@ -34,6 +34,8 @@ EXPERIMENTS = {"multiply": "E1", "shift": "E2", "supply": "E3", "boxes": "E4"}
 # (C = K, image) of the 3x3 convolutions at stride 1 of WRN-28-10.
 SHAPES = ((160, 32), (320, 16), (640, 8))
 BATCHES = (128, 512)
+SMALL = (1, 8)
+CALLS = 100
 SAMPLE_S = 2.0
 
 
@@ -48,6 +50,7 @@ def steps(dry: bool) -> dict[str, Callable[[float], Result]]:
     found |= {f"E5 {c} at {image}x{image}": partial(parts, (c, image)) for c, image in SHAPES}
     for n in BATCHES:
         found |= {f"layer {c} at {i}x{i} batch {n}": partial(layer, (c, i), n, "cuda") for c, i in SHAPES}
+    found |= {f"latency WRN-28-10 batch {n}": partial(latency, n) for n in SMALL}
     return found
 
 
@@ -169,6 +172,35 @@ def parts(shape: tuple[int, int], seconds: float) -> Result:
             if cuda.legal("fprop", problem, tile):
                 call = partial(cuda.launch, "fprop", problem, tile, *arguments(problem))
                 found[f"{name} {tuple(tile)}"] = tune.event_clock(call) * 1e6
+    return result(OK, ", ".join(f"{name} {us:.1f} us" for name, us in found.items()), us=found)
+
+
+def latency(n: int, seconds: float) -> Result:
+    """A network in a CUDA graph, one call at a time: the device's time of a replay, the caller's of a call.
+
+    Before it is timed a replay has to equal the model without a graph, also after a write that no counter shows.
+    """
+    reason = not_hopper() or cuda.missing()
+    if reason:
+        return result(NOT_RUN, reason)
+    torch.manual_seed(0)
+    model = wrn_fast.classic(28, 10, 10).to("cuda", torch.bfloat16).eval()
+    x = torch.randn(n, 3, 32, 32, device="cuda", dtype=torch.bfloat16)
+    found: dict[str, float] = {}
+    for name in ("cuda", "triton"):
+        with torch.no_grad(), wrn_fast.backend(name):
+            fast = wrn_fast.graphed(model, x)
+            for _ in range(2):
+                if not torch.equal(fast(x), model(x)):
+                    return result(FAILED, f"{name}: a replay differs from the model")
+                for p in model.parameters():
+                    p.data.mul_(0.99)
+            found[f"{name} device"] = tune.event_clock(partial(fast, x)) * 1e6
+            begin = time.perf_counter()
+            for _ in range(CALLS):
+                fast(x)
+                torch.cuda.synchronize()
+            found[f"{name} call"] = (time.perf_counter() - begin) / CALLS * 1e6
     return result(OK, ", ".join(f"{name} {us:.1f} us" for name, us in found.items()), us=found)
 
 

@@ -14,7 +14,7 @@ from wrn_fast import dispatch, parity, tune
 from wrn_fast.backends import cuda, triton
 from wrn_fast.verify import verify
 
-PRIMITIVES = ("tests/backends/test_primitives.py", "tests/backends/test_masks.py")
+PRIMITIVES = ("tests/backends/test_primitives.py", "tests/backends/test_masks.py", "tests/backends/test_head.py")
 # (depth, width, batch) of the networks whose tiles are proved, and (depth, width) of those that run whole.
 NETWORKS = ((28, 10, 128), (28, 10, 1), (28, 2, 512), (16, 4, 512), (40, 2, 512))
 MODELS = ((16, 4), (28, 10))
@@ -65,6 +65,7 @@ def hand_written() -> dict[str, Callable[[float], Result]]:
         for network in MODELS:
             label = f"cuda model WRN-{network[0]}-{network[1]} {name}"
             found[label] = partial(model, network, (dtype,), "cuda", backend="cuda")
+    found["cuda e4m3 WRN-28-10"] = partial(eight_bits, (28, 10), "cuda", backend="cuda", dtype=torch.bfloat16)
     return found | {"cuda primitives float32": partial(primitives, "cuda and float32")}
 
 
@@ -77,11 +78,13 @@ def kernels(dtype: str, seconds: float) -> Result:
             reason = cuda.refused(op, problem)
             if reason:
                 return result(NOT_RUN, reason)
-            for tile in cuda.tiles(op, problem):
-                key = op, problem._replace(N=1), tile
-                sentence = None if key in seen else cuda.wrong(op, problem, tile, place)
-                seen.add(key)
-                wrong += [sentence] if sentence else []
+            eight = op == "fprop" and cuda.refused("fprop_fp8", problem) is None
+            for kind in (op, "fprop_fp8") if eight else (op,):
+                for tile in cuda.tiles(kind, problem):
+                    key = kind, problem._replace(N=1), tile
+                    sentence = None if key in seen else cuda.wrong(kind, problem, tile, place)
+                    seen.add(key)
+                    wrong += [sentence] if sentence else []
     if wrong:
         return result(FAILED, f"{len(wrong)} of {len(seen)} kernels: {wrong[0]}", wrong=wrong)
     return result(OK, f"{len(seen)} kernels exact")
@@ -114,14 +117,16 @@ def special(device: str, seconds: float) -> Result:
     return result(FAILED, bad[0]) if bad else result(OK if wrong else NOT_RUN, f"{len(wrong)} tiles exact")
 
 
-def eight_bits(network: tuple[int, int], device: str, seconds: float) -> Result:
+def eight_bits(
+    network: tuple[int, int], device: str, seconds: float, backend: str = "triton", dtype: torch.dtype = torch.float32
+) -> Result:
     """A network calibrated on normal images: how far its outputs in e4m3 are from those without."""
     from wrn_fast.fp8 import calibrate
 
     torch.manual_seed(0)
-    model = wrn_fast.classic(network[0], 10, network[1]).to(device).eval()
-    images = [torch.randn(64, 3, 32, 32, device=device) for _ in range(4)]
-    with wrn_fast.backend("triton"):
+    model = wrn_fast.classic(network[0], 10, network[1]).to(device, dtype).eval()
+    images = [torch.randn(64, 3, 32, 32, device=device, dtype=dtype) for _ in range(4)]
+    with wrn_fast.backend(backend):
         found = calibrate(model, images)
     return result(OK if found.error < parity.MEANINGLESS else FAILED, str(found), ranges=found.ranges)
 

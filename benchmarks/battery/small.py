@@ -37,7 +37,7 @@ def integers(device: str) -> None:
         sentence = triton.refused_tile(op, problem, dataclasses.replace(tile, cols=(32, 16)), place)
         if sentence:
             sys.exit(sentence)
-    for op in ("channel_stats", "bn_bwd_apply", "dropout", "act_mask"):
+    for op in ("channel_stats", "bn_bwd_apply", "dropout", "act_mask", "head", "head_bwd"):
         elementwise(triton, op, place)
     others = [sentence for sentence in special_tiles(place) if sentence]
     if others:
@@ -73,14 +73,15 @@ def hand_written(device: str) -> None:
     count = 0
     for op, problem in problems(device):
         wide = problem._replace(C=80, K=160, dtype=torch.bfloat16, w_dtype=torch.bfloat16)
-        if cuda.refused(op, wide):
-            continue
-        for tile in cuda.tiles(op, wide):
-            sentence = cuda.wrong(op, wide, tile, place)
-            if sentence:
-                sys.exit(sentence)
-            count += 1
-    for op in ("channel_stats", "bn_bwd_apply", "dropout"):
+        for kind in (op, "fprop_fp8") if op == "fprop" else (op,):
+            if cuda.refused(kind, wide):
+                continue
+            for tile in cuda.tiles(kind, wide):
+                sentence = cuda.wrong(kind, wide, tile, place)
+                if sentence:
+                    sys.exit(sentence)
+                count += 1
+    for op in ("channel_stats", "bn_bwd_apply", "dropout", "act_mask", "head", "head_bwd"):
         elementwise(cuda, op, place)
     print(f"{count} convolutions of the cuda backend exact, its passes run")
 
@@ -97,8 +98,15 @@ def elementwise(backend: ModuleType, op: str, place: torch.device) -> None:
         backend.dropout(problem, x, torch.tensor([1, 2], device=place))
     else:
         stats = torch.rand(2, 40, device=place) + 0.5
-        batch = problem._replace(prologue=True, affine=True, batch_stats=True)
-        backend.bn_bwd_apply(batch, x, x, stats, stats[0], stats)
+        batch = problem._replace(prologue=True, affine=True, batch_stats=True, act="relu")
+        if op == "bn_bwd_apply":
+            backend.bn_bwd_apply(batch, x, x, stats, stats[0], stats)
+        elif op == "head":
+            backend.head(
+                batch._replace(K=10, bias=True), x, stats, *stats, stats[0].expand(10, 40).contiguous(), stats[0, :10]
+            )
+        else:
+            backend.head_bwd(batch._replace(want_stats=True), stats[:1].expand(3, 40).contiguous(), x, stats, *stats)
 
 
 def reorder(device: str) -> None:

@@ -48,10 +48,23 @@ inline void positive(int64_t value, const char* name) {
   require(value > 0, name, "a positive number", value);
 }
 
+inline void aligned16(Pointer p, const char* name, bool optional = false) {
+  if (!optional) present(p, name);
+  require(p % 16 == 0, name, "a multiple of 16", p);
+}
+
+inline Norm norm(Pointer stats, Pointer gamma, Pointer beta, double eps) {
+  require(eps >= 0, "eps", "a number of at least 0", eps);
+  require(stats || !(gamma || beta), "stats", "a pointer where there are gamma or beta", "null");
+  return {at(stats), at(gamma), at(beta), eps};
+}
+
 using release = pybind11::call_guard<pybind11::gil_scoped_release>;
 
-// module_sm90.cpp
+// module_sm90.cpp, module_weights.cpp, module_head.cpp
 void bind_sm90(pybind11::module_& m);
+void bind_weights(pybind11::module_& m);
+void bind_head(pybind11::module_& m);
 
 }  // namespace cuda
 }  // namespace wrn_fast

@@ -8,6 +8,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
 #include <cstring>
@@ -24,6 +25,10 @@ constexpr int kThreads = 256;  // of every block
 using Half = __half;
 using BFloat = __nv_bfloat16;
 using Bits128 = uint4;
+// 4 bits of exponent, 3 of mantissa, no infinities.
+struct E4M3 {
+  uint8_t bits;
+};
 
 WRN_DEVICE float widen(float v) {
   return v;
@@ -52,6 +57,12 @@ WRN_DEVICE Half narrow<Half>(float v) {
 template <>
 WRN_DEVICE BFloat narrow<BFloat>(float v) {
   return __float2bfloat16_rn(v);
+}
+
+// To nearest even; beyond the largest number that one. NaN stays NaN.
+template <>
+WRN_DEVICE E4M3 narrow<E4M3>(float v) {
+  return {__nv_cvt_float_to_fp8(v, __NV_SATFINITE, __NV_E4M3)};
 }
 
 WRN_DEVICE Bits128 load128(const void* p) {

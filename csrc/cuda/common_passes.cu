@@ -5,22 +5,6 @@ namespace wrn_fast {
 namespace cuda {
 namespace {
 
-constexpr int kInFlight = 4;       // vectors that a thread loads before it uses the first
-constexpr int64_t kBlocks = 2048;  // beyond these a block takes more rows, and makes its channels' vectors once for all
-
-// Walks the rows of a block kRows at a time: load(u, row) of all, then use(u, row) of all.
-template <int kRows, class Load, class Use>
-WRN_DEVICE void each_row(const Walk& walk, const Place& place, int64_t begin, int64_t end, Load load, Use use) {
-  for (int64_t row = begin + place.lane; row < end; row += static_cast<int64_t>(walk.lanes) * kRows) {
-#pragma unroll
-    for (int u = 0; u < kRows; ++u)
-      if (row + u * walk.lanes < end) load(u, row + u * walk.lanes);
-#pragma unroll
-    for (int u = 0; u < kRows; ++u)
-      if (row + u * walk.lanes < end) use(u, row + u * walk.lanes);
-  }
-}
-
 template <class T, int V, bool kDrop>
 struct Apply {
   using W = Wide<T>;
@@ -206,40 +190,6 @@ struct ActBackward {
   }
 };
 
-template <class W>
-struct AffineTable {
-  using Shared = NoShared;
-
-  const W *stats, *gamma, *beta;
-  W* table;
-  double eps;
-  int C;
-
-  WRN_DEVICE void operator()(const Block& block, Shared&) const {
-    block.each([&](int t) {
-      const int64_t c = block.x * kThreads + t;
-      if (c >= C) return;
-      const W mean = stats[c], rstd = reciprocal_deviation(stats[C + c], static_cast<W>(eps));
-      const W scale = gamma ? rstd * gamma[c] : rstd;
-      table[c] = scale;
-      table[C + c] = (beta ? beta[c] : W(0)) - mean * scale;
-      table[2 * C + c] = mean;
-      table[3 * C + c] = rstd;
-    });
-  }
-};
-
-// Rows of a block: a few loads a thread, more where the grid is full anyway.
-int64_t block_rows_of(const Rows& shape, const Walk& walk) {
-  const int64_t least = static_cast<int64_t>(walk.lanes) * kInFlight;
-  const int64_t times = shape.rows / (least * kBlocks);
-  return least * (times < 1 ? 1 : times > 16 ? 16 : times);
-}
-
-bool in_vectors(const Rows& shape, const void* a, const void* b, const void* c) {
-  return shape.C * size_of(shape.dtype) % 16 == 0 && aligned(a) && aligned(b) && aligned(c);
-}
-
 }  // namespace
 
 void apply(const Rows& shape, const void* x, const Norm& norm, Act act, double slope, const Mask& mask, void* y,
@@ -325,16 +275,6 @@ void act_backward(const Rows& shape, const void* da, const void* x, const Norm& 
     };
     if (mask.rng) return choose(Int<1>());
     choose(Int<0>());
-  });
-}
-
-void affine_table(DType wide, int C, const Norm& norm, void* table, Stream stream) {
-  with_wide(wide, [&](auto zero) {
-    using W = decltype(zero);
-    launch(ceil_div(C, kThreads), 1,
-           AffineTable<W>{static_cast<const W*>(norm.stats), static_cast<const W*>(norm.gamma),
-                          static_cast<const W*>(norm.beta), static_cast<W*>(table), norm.eps, C},
-           stream);
   });
 }
 

@@ -78,6 +78,21 @@ struct Place {
         active(lane < walk.lanes && vector < walk.vectors) {}
 };
 
+constexpr int kInFlight = 4;  // vectors that a thread loads before it uses the first
+
+// Walks the rows of a block kRows at a time: load(u, row) of all, then use(u, row) of all.
+template <int kRows, class Load, class Use>
+WRN_DEVICE void each_row(const Walk& walk, const Place& place, int64_t begin, int64_t end, Load load, Use use) {
+  for (int64_t row = begin + place.lane; row < end; row += static_cast<int64_t>(walk.lanes) * kRows) {
+#pragma unroll
+    for (int u = 0; u < kRows; ++u)
+      if (row + u * walk.lanes < end) load(u, row + u * walk.lanes);
+#pragma unroll
+    for (int u = 0; u < kRows; ++u)
+      if (row + u * walk.lanes < end) use(u, row + u * walk.lanes);
+  }
+}
+
 struct NoShared {};
 
 constexpr int kChunk = 8;
@@ -121,6 +136,21 @@ template <int V, class W>
 WRN_DEVICE void channels(const W* from, int c, W missing, W (&to)[V]) {
 #pragma unroll
   for (int j = 0; j < V; ++j) to[j] = from ? from[c + j] : missing;
+}
+
+// Entry i of a vector of any dtype.
+template <class W>
+WRN_DEVICE W number(const void* from, DType dtype, int i) {
+  switch (dtype) {
+    case DType::f32:
+      return static_cast<W>(static_cast<const float*>(from)[i]);
+    case DType::bf16:
+      return static_cast<W>(widen(static_cast<const BFloat*>(from)[i]));
+    case DType::f16:
+      return static_cast<W>(widen(static_cast<const Half*>(from)[i]));
+    default:
+      return static_cast<W>(static_cast<const double*>(from)[i]);
+  }
 }
 
 // act(v). NaN stays NaN.
@@ -236,6 +266,19 @@ void with_wide(DType wide, F f) {
 
 inline bool aligned(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+}
+
+constexpr int64_t kBlocks = 2048;  // beyond these a block takes more rows, and makes its channels' vectors once for all
+
+// Rows of a block: a few loads a thread, more where the grid is full anyway.
+inline int64_t block_rows_of(const Rows& shape, const Walk& walk) {
+  const int64_t least = static_cast<int64_t>(walk.lanes) * kInFlight;
+  const int64_t times = shape.rows / (least * kBlocks);
+  return least * (times < 1 ? 1 : times > 16 ? 16 : times);
+}
+
+inline bool in_vectors(const Rows& shape, const void* a, const void* b, const void* c) {
+  return shape.C * size_of(shape.dtype) % 16 == 0 && aligned(a) && aligned(b) && aligned(c);
 }
 
 }  // namespace cuda

@@ -16,12 +16,6 @@ Rows checked_rows(int dtype, int64_t rows, int C) {
   return {checked_dtype(dtype), rows, C};
 }
 
-Norm norm(Pointer stats, Pointer gamma, Pointer beta, double eps) {
-  require(eps >= 0, "eps", "a number of at least 0", eps);
-  require(stats || !(gamma || beta), "stats", "a pointer where there are gamma or beta", "null");
-  return {at(stats), at(gamma), at(beta), eps};
-}
-
 Mask mask(Pointer rng, double p) {
   require(p >= 0 && p <= 1, "p", "a probability in [0, 1]", p);
   require(rng != 0 || p == 0, "rng", "a pointer where p is above 0", "null");
@@ -36,6 +30,18 @@ void bind_apply(int dtype, int64_t rows, int C, Pointer x, Pointer stats, Pointe
   present(y, "y");
   apply(checked_rows(dtype, rows, C), at(x), norm(stats, gamma, beta, eps), checked_act(act), slope, mask(rng, p),
         at(y), at(stream));
+}
+
+void bind_quantize(int dtype, int64_t rows, int C, Pointer x, Pointer stats, Pointer gamma, Pointer beta, double eps,
+                   int act, double slope, Pointer rng, double p, Pointer amax, Pointer y, Pointer stream) {
+  aligned16(x, "x");
+  aligned16(y, "y");
+  present(amax, "amax");
+  const Rows shape = checked_rows(dtype, rows, C);
+  require(shape.dtype == DType::bf16 || shape.dtype == DType::f16, "dtype", "bfloat16 or float16", dtype);
+  require(C % 16 == 0, "C", "a multiple of 16", C);
+  quantize(shape, at(x), norm(stats, gamma, beta, eps), checked_act(act), slope, mask(rng, p), at<const float>(amax),
+           at(y), at(stream));
 }
 
 void bind_bn_bwd_apply(int dtype, int64_t rows, int C, Pointer g, Pointer x, Pointer stats, Pointer gamma, double eps,
@@ -81,14 +87,6 @@ void bind_mask_backward(int dtype, int64_t rows, int C, Pointer da, Pointer bits
   mask_backward(checked_rows(dtype, rows, C), at(da), at(bits), at(scale), slope, mask(rng, p), at(g), at(stream));
 }
 
-void bind_affine_table(int wide, int C, Pointer stats, Pointer gamma, Pointer beta, double eps, Pointer table,
-                       Pointer stream) {
-  positive(C, "C");
-  present(stats, "stats");
-  present(table, "table");
-  affine_table(checked_wide(wide), C, norm(stats, gamma, beta, eps), at(table), at(stream));
-}
-
 void bind_merge_moments(int wide, int C, Pointer counts, Pointer moments, int64_t parts, Pointer stats,
                         Pointer workspace, Pointer stream) {
   positive(C, "C");
@@ -120,10 +118,15 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "Kernels of the cuda backend: pointers, sizes and a stream, see wrn_fast/backends/cuda.py";
   m.attr("DEVICE") = WRN_DEVICE_TYPE;
   bind_sm90(m);
+  bind_weights(m);
+  bind_head(m);
 
   m.def("apply", &bind_apply, release(), py::kw_only(), py::arg("dtype"), py::arg("rows"), py::arg("C"), py::arg("x"),
         py::arg("stats") = 0, py::arg("gamma") = 0, py::arg("beta") = 0, py::arg("eps") = 0., py::arg("act") = 0,
         py::arg("slope") = 0., py::arg("rng") = 0, py::arg("p") = 0., py::arg("y"), py::arg("stream"));
+  m.def("quantize", &bind_quantize, release(), py::kw_only(), py::arg("dtype"), py::arg("rows"), py::arg("C"),
+        py::arg("x"), py::arg("stats"), py::arg("gamma"), py::arg("beta"), py::arg("eps"), py::arg("act"),
+        py::arg("slope"), py::arg("rng"), py::arg("p"), py::arg("amax"), py::arg("y"), py::arg("stream"));
   m.def("bn_bwd_apply", &bind_bn_bwd_apply, release(), py::kw_only(), py::arg("dtype"), py::arg("rows"), py::arg("C"),
         py::arg("g"), py::arg("x"), py::arg("stats"), py::arg("gamma"), py::arg("eps"), py::arg("sums"), py::arg("dx"),
         py::arg("stream"));
@@ -139,8 +142,6 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("mask_backward", &bind_mask_backward, release(), py::kw_only(), py::arg("dtype"), py::arg("rows"), py::arg("C"),
         py::arg("da"), py::arg("bits"), py::arg("scale"), py::arg("slope"), py::arg("rng"), py::arg("p"), py::arg("g"),
         py::arg("stream"));
-  m.def("affine_table", &bind_affine_table, release(), py::kw_only(), py::arg("wide"), py::arg("C"), py::arg("stats"),
-        py::arg("gamma"), py::arg("beta"), py::arg("eps"), py::arg("table"), py::arg("stream"));
   m.def("merge_moments", &bind_merge_moments, release(), py::kw_only(), py::arg("wide"), py::arg("C"),
         py::arg("counts"), py::arg("moments"), py::arg("parts"), py::arg("stats"), py::arg("workspace"),
         py::arg("stream"));

@@ -27,11 +27,6 @@ Sm90Tile checked_tile(int code) {
   return static_cast<Sm90Tile>(code);
 }
 
-void aligned16(Pointer p, const char* name, bool optional = false) {
-  if (!optional) present(p, name);
-  require(p % 16 == 0, name, "a multiple of 16", p);
-}
-
 void served(const char* op, const ConvShape& s, DType dtype, Sm90Tile tile) {
   const char* reason = sm90_refuses(op, s, dtype, tile);
   if (reason) throw std::invalid_argument(std::string(op) + ": " + reason);
@@ -69,12 +64,17 @@ void fprop(const ConvShape& s, int dtype, int tile, Pointer x, Pointer scale, Po
            Pointer w, Pointer x_short, int64_t short_H, int64_t short_W, int64_t short_C, int short_stride,
            Pointer short_scale, Pointer short_shift, int short_act, Pointer w_short, Pointer bias, Pointer residual,
            Pointer y, Pointer y_act, int act_out, Pointer out_scale, Pointer out_shift, Pointer counts, Pointer moments,
-           int splits, Pointer partials, Pointer counters, bool early, Pointer stream) {
+           int splits, Pointer partials, Pointer counters, bool early, Pointer stream, Pointer factor,
+           Pointer factor_short) {
   Sm90Fprop a;
   a.shape = s;
   a.dtype = checked_dtype(dtype);
   a.tile = checked_tile(tile);
-  served("fprop", s, a.dtype, a.tile);
+  served(factor ? "fprop_fp8" : "fprop", s, a.dtype, a.tile);
+  require(!factor || !(scale || short_scale), "scale", "null where there is a factor", "a pointer");
+  require(!factor || !x_short || factor_short, "factor_short", "a pointer where x_short is in 8 bits", "null");
+  a.factor = at<const float>(factor);
+  a.factor_short = at<const float>(factor_short);
   aligned16(x, "x");
   aligned16(w, "w");
   require(y || y_act, "y", "a pointer where there is no y_act", "null");
@@ -158,31 +158,6 @@ void wgrad(const ConvShape& s, int dtype, Pointer dy, Pointer x, Pointer workspa
   check(sm90_wgrad(a, at<CUstream_st>(stream)));
 }
 
-Weight weight(Pointer w, int dtype, int64_t stride_k, int64_t stride_c, int64_t stride_r, int64_t stride_s) {
-  present(w, "w");
-  return {at(w), checked_dtype(dtype, "w_dtype"), stride_k, stride_c, stride_r, stride_s};
-}
-
-// Rows of a packed filter, K or C: the kernels have multiples of 16.
-int64_t padded(int64_t rows) {
-  return (rows + 15) / 16 * 16;
-}
-
-void pack(Pointer w, int w_dtype, int64_t stride_k, int64_t stride_c, int64_t stride_r, int64_t stride_s, int K, int C,
-          int R, int S, bool transpose, int dtype, Pointer packed, Pointer samples, bool all, Pointer stream) {
-  const Weight from = weight(w, w_dtype, stride_k, stride_c, stride_r, stride_s);
-  const DType to = checked_dtype(dtype);
-  require(to == DType::bf16 || to == DType::f16, "dtype", "bfloat16 or float16", dtype);
-  require(from.dtype == DType::f32 || from.dtype == to, "w_dtype", "float32 or dtype", w_dtype);
-  positive(K, "K");
-  positive(C, "C");
-  positive(R, "R");
-  positive(S, "S");
-  aligned16(packed, "packed");
-  const int rows = static_cast<int>(padded(transpose ? C : K));
-  pack_filter(from, K, C, R, S, transpose, rows, sm90_block_k(rows), to, at(packed), at(samples), all, at(stream));
-}
-
 }  // namespace
 
 void bind_sm90(py::module_& m) {
@@ -199,28 +174,11 @@ void bind_sm90(py::module_& m) {
       },
       "A sentence, or None where the kernels serve the call.");
   m.def("parts", [](const ConvShape& s, bool dgrad, int tile) { return sm90_parts(s, dgrad, checked_tile(tile)); });
-  m.def("splits", &sm90_splits);
+  m.def("splits", &sm90_splits, py::arg("shape"), py::arg("short_C"), py::arg("dgrad"), py::arg("multiprocessors"),
+        py::arg("e4m3") = false);
   m.def("partial_bytes", &sm90_partial_bytes);
   m.def("counters", &sm90_counters);
   m.def("wgrad_workspace", &sm90_wgrad_workspace);
-  m.def(
-      "packed_bytes",
-      [](int64_t K, int64_t C, int R, int S, bool transpose) {
-        return transpose ? sm90_packed_bytes(padded(C), K, R, S) : sm90_packed_bytes(padded(K), C, R, S);
-      },
-      py::kw_only(), py::arg("K"), py::arg("C"), py::arg("R"), py::arg("S"), py::arg("transpose"));
-  m.def(
-      "samples_bytes",
-      [](int w_dtype, int K, int C, int R, int S) {
-        Weight w;
-        w.dtype = checked_dtype(w_dtype, "w_dtype");
-        return pack_samples_bytes(w, K, C, R, S);
-      },
-      py::kw_only(), py::arg("w_dtype"), py::arg("K"), py::arg("C"), py::arg("R"), py::arg("S"));
-  m.def("pack", &pack, release(), py::kw_only(), py::arg("w"), py::arg("w_dtype"), py::arg("stride_k"),
-        py::arg("stride_c"), py::arg("stride_r"), py::arg("stride_s"), py::arg("K"), py::arg("C"), py::arg("R"),
-        py::arg("S"), py::arg("transpose"), py::arg("dtype"), py::arg("packed"), py::arg("samples"), py::arg("all"),
-        py::arg("stream"));
 
   m.def("fprop", &fprop, release(), py::arg("shape"), py::kw_only(), py::arg("dtype"), py::arg("tile"), py::arg("x"),
         py::arg("scale"), py::arg("shift"), py::arg("act"), py::arg("slope"), py::arg("w"), py::arg("x_short"),
@@ -228,7 +186,7 @@ void bind_sm90(py::module_& m) {
         py::arg("short_shift"), py::arg("short_act"), py::arg("w_short"), py::arg("bias"), py::arg("residual"),
         py::arg("y"), py::arg("y_act"), py::arg("act_out"), py::arg("out_scale"), py::arg("out_shift"),
         py::arg("counts"), py::arg("moments"), py::arg("splits"), py::arg("partials"), py::arg("counters"),
-        py::arg("early"), py::arg("stream"));
+        py::arg("early"), py::arg("stream"), py::arg("factor") = 0, py::arg("factor_short") = 0);
   m.def("dgrad", &dgrad, release(), py::arg("shape"), py::kw_only(), py::arg("dtype"), py::arg("tile"), py::arg("dy"),
         py::arg("w"), py::arg("x"), py::arg("scale"), py::arg("shift"), py::arg("act"), py::arg("slope"),
         py::arg("mean"), py::arg("rstd"), py::arg("g"), py::arg("sums"), py::arg("splits"), py::arg("partials"),

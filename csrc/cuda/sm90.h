@@ -53,6 +53,11 @@ struct Sm90Fprop : Sm90Launch {
   Sm90Prologue short_prologue;
   const void* w_short = nullptr;  // packed as a 1x1 filter
 
+  // Not null: x, x_short and their filters are in e4m3, and v = factor[k] * sums (without a prologue, C and short_C
+  // multiples of 16, tile fetch9); those of the shortcut times factor_short[k]. dtype is that of the rest.
+  const float* factor = nullptr;        // [K]
+  const float* factor_short = nullptr;  // [K]; needed with x_short
+
   const float* bias = nullptr;     // [K]
   const void* residual = nullptr;  // [N,P,Q,K]
 
@@ -95,24 +100,24 @@ struct Sm90Wgrad {
   float* dw = nullptr;         // [K,R,S,C]
 };
 
-// Null if the kernels serve the call, else the reason as a sentence. `op` is "fprop", "dgrad" or "wgrad"; a shortcut is
-// asked about as the 1x1 convolution that it is.
+// Null if the kernels serve the call, else the reason as a sentence. `op` is fprop, fprop_fp8, dgrad or wgrad; a
+// shortcut is asked about as the 1x1 convolution that it is.
 const char* sm90_refuses(const char* op, const ConvShape& shape, DType dtype, Sm90Tile tile);
 
 // Rows of `counts`, `moments`, `sums` of a call: fprop, or dgrad with dgrad = true.
 int64_t sm90_parts(const ConvShape& shape, bool dgrad, Sm90Tile tile);
 
 // Pieces that fill `multiprocessors` once; 1: the call is large enough. short_C: of the shortcut, 0 without.
-int sm90_splits(const ConvShape& shape, int64_t short_C, bool dgrad, int multiprocessors);
+int sm90_splits(const ConvShape& shape, int64_t short_C, bool dgrad, int multiprocessors, bool e4m3 = false);
 int64_t sm90_partial_bytes(const ConvShape& shape, bool dgrad, int splits);
 int64_t sm90_counters(const ConvShape& shape, bool dgrad);
 
 // Packed filters. A filter [K][R][S][C] (dgrad: the same with C and K exchanged, `transpose`; taps keep their r and s)
 // becomes, in this order, [K / block_k][ceil(C / 64)][S][R] blocks of block_k rows x 128 bytes: one row a k, 64
 // channels, 16-byte columns XORed with k % 8 (TMA's 128-byte swizzle), zeros past C. sm90::packed_offset() in
-// sm90_index.h gives the byte of (k, r, s, c). Both tiles read the same image.
+// sm90_index.h gives the byte of (k, r, s, c). Both tiles read the same image. In e4m3 a row has 128 channels.
 int sm90_block_k(int64_t K);
-int64_t sm90_packed_bytes(int64_t K, int64_t C, int R, int S);
+int64_t sm90_packed_bytes(int64_t K, int64_t C, int R, int S, bool e4m3 = false);
 
 // Bytes for a device with that many multiprocessors; the launcher takes those of the current device.
 int64_t sm90_wgrad_workspace(const ConvShape& shape, int multiprocessors);

@@ -11,6 +11,7 @@
 // halo, and the three filter rows are starts within it. All of them lie on the swizzle's period.
 #pragma once
 
+#include "sm90_e4m3.cuh"
 #include "sm90_epilogue.cuh"
 #include "sm90_hw.cuh"
 #include "sm90_plan.h"
@@ -18,11 +19,12 @@
 namespace wrn_fast {
 namespace sm90 {
 
-// The kernel that is compiled for (pass, block_k, pixels, dtype).
-template <bool dgrad_, int block_k_, int blocks_, int row_taps_, bool fp16_>
+// The kernel that is compiled for (pass, block_k, pixels, dtype). e4m3: the operands are, dtype is that of the rest.
+template <bool dgrad_, int block_k_, int blocks_, int row_taps_, bool fp16_, bool e4m3_ = false>
 struct ConvTraits {
   static constexpr int block_k = block_k_, blocks = blocks_, row_taps = row_taps_;
-  static constexpr bool dgrad = dgrad_, fp16 = fp16_;
+  static constexpr bool dgrad = dgrad_, fp16 = fp16_, e4m3 = e4m3_;
+  static constexpr int chunk = e4m3 ? kChunk8 : kChunk;  // channels
   using Memory = ConvMemory<block_k, blocks, row_taps>;
   // 224 and 56: both roles without a spill at 2 x 64 x 160 (ptxas 13.0).
   static constexpr int kConsumerRegisters = 224, kProducerRegisters = 56;
@@ -36,14 +38,25 @@ struct Chunk {
   int chunk, parity, halo, first_column, columns, fetches, taps;
 };
 
-// The chunks of a job, in the order in which all roles walk through the rings: those units of the reduction that are
-// its split's. One call of `visit`, not one a source: each role has its loop once.
-template <int row_taps, class Params, class Visit>
-SM90_FN void for_each_chunk(const Params& p, const Job& j, Visit&& visit) {
+// Units of the reduction of a job: the first `main` are the main source's, [begin, end) the split's.
+struct Units {
+  int main, begin, end;
+};
+template <class T, class Params>
+SM90_FN Units units_of(const Params& p, const Job& j) {
+  const int main = chunks_of(p.source.channels, T::chunk) * p.source.columns[j.parity & 1].count;
+  const int units = main + chunks_of(p.source_short.channels, T::chunk), splits = p.schedule.splits;
+  return {main, split_begin(units, splits, j.split), split_begin(units, splits, j.split + 1)};
+}
+
+// The chunks of units [begin, end) of a job, in the order in which all roles walk through the rings. One call of
+// `visit`, not one a source: each role has its loop once.
+template <class T, class Params, class Visit>
+SM90_FN void for_each_chunk(const Params& p, const Job& j, int begin, int end, Visit&& visit) {
+  constexpr int row_taps = T::row_taps;
   const int rows = p.source.rows[j.parity >> 1].count, columns = p.source.columns[j.parity & 1].count;
-  const int main = chunks_of(p.source.channels) * columns, units = main + chunks_of(p.source_short.channels);
-  const int end = split_begin(units, p.schedule.splits, j.split + 1);
-  for (int u = split_begin(units, p.schedule.splits, j.split); u < end;) {
+  const int main = units_of<T>(p, j).main;
+  for (int u = begin; u < end;) {
     const bool is_short = u >= main;
     const int chunk = is_short ? u - main : u / columns, first = is_short ? 0 : u - chunk * columns;
     const Chunk k{is_short ? &p.source_short : &p.source,
@@ -58,6 +71,12 @@ SM90_FN void for_each_chunk(const Params& p, const Job& j, Visit&& visit) {
     visit(k);
     u += k.columns;
   }
+}
+
+template <class T, class Params, class Visit>
+SM90_FN void for_each_chunk(const Params& p, const Job& j, Visit&& visit) {
+  const Units units = units_of<T>(p, j);
+  for_each_chunk<T>(p, j, units.begin, units.end, visit);
 }
 
 // Where fetch (column, row) of a chunk starts in its source.
@@ -75,7 +94,7 @@ SM90_FN void fetch_activations(const Params& p, uint32_t base) {
   const int jobs = jobs_of(p.schedule);
   for (int job = hw::block(); job < jobs; job += hw::blocks()) {
     const Job j = job_of(p.schedule, job);
-    for_each_chunk<T::row_taps>(p, j, [&](const Chunk& k) {
+    for_each_chunk<T>(p, j, [&](const Chunk& k) {
       const hw::Map* const map = k.is_short ? &p.a_short : &p.a;
       const int bytes = fetched_rows(p.schedule.tile, k.halo) * kRowBytes;
       for (int column = k.first_column; column < k.first_column + k.columns; ++column) {
@@ -84,7 +103,7 @@ SM90_FN void fetch_activations(const Params& p, uint32_t base) {
           hw::barrier_wait(base + M::barrier(M::kAEmpty + a.index), a.phase ^ 1);
           const uint32_t fetched = base + M::barrier((p.prologue ? M::kARaw : M::kAFull) + a.index);
           hw::barrier_expect(fetched, bytes);
-          hw::load_box4(base + M::a(a.index), map, fetched, k.chunk * kChunk, at.q, at.p, at.n);
+          hw::load_box4(base + M::a(a.index), map, fetched, k.chunk * T::chunk, at.q, at.p, at.n);
           a = next(a, M::kAStages);
         }
       }
@@ -99,13 +118,13 @@ SM90_FN void fetch_filters(const Params& p, uint32_t base) {
   const int jobs = jobs_of(p.schedule);
   for (int job = hw::block(); job < jobs; job += hw::blocks()) {
     const Job j = job_of(p.schedule, job);
-    for_each_chunk<T::row_taps>(p, j, [&](const Chunk& k) {
+    for_each_chunk<T>(p, j, [&](const Chunk& k) {
       const Source& s = *k.source;
       const char* const filters = static_cast<const char*>(k.is_short ? p.w_short : p.w);
       const int R = k.is_short ? 1 : p.R, S = k.is_short ? 1 : p.S;
       for (int column = k.first_column; column < k.first_column + k.columns; ++column) {
         for (int i = 0; i < k.fetches * k.taps; ++i) {
-          const int64_t block = packed_block(chunks_of(s.channels), R, S, j.k_block, k.chunk,
+          const int64_t block = packed_block(chunks_of(s.channels, T::chunk), R, S, j.k_block, k.chunk,
                                              tap_of(s.columns[k.parity & 1], column), tap_of(s.rows[k.parity >> 1], i));
           hw::barrier_wait(base + M::barrier(M::kBEmpty + b.index), b.phase ^ 1);
           const uint32_t filled = base + M::barrier(M::kBFull + b.index);
@@ -145,7 +164,7 @@ SM90_FN void transform(const Params& p, uint32_t base) {
   const int jobs = jobs_of(p.schedule);
   for (int job = hw::block(); job < jobs; job += hw::blocks()) {
     const Job j = job_of(p.schedule, job);
-    for_each_chunk<T::row_taps>(p, j, [&](const Chunk& k) {
+    for_each_chunk<T>(p, j, [&](const Chunk& k) {
       const Source& s = *k.source;
       const int channel = k.chunk * kChunk + group * 8;
       const bool mine = s.scale && channel < s.channels;
@@ -174,7 +193,7 @@ SM90_FN void transform(const Params& p, uint32_t base) {
   }
 }
 
-// `steps` products of 16 channels for each 64-row block, as one batch.
+// `steps` products of 16 channels (e4m3: 32) for each 64-row block, as one batch.
 template <class T, int steps>
 SM90_FN void multiply(float (&acc)[T::blocks][T::block_k / 2], const uint64_t (&a)[T::blocks], uint64_t b) {
 #pragma unroll
@@ -184,7 +203,12 @@ SM90_FN void multiply(float (&acc)[T::blocks][T::block_k / 2], const uint64_t (&
   for (int k = 0; k < steps; ++k) {
 #pragma unroll
     for (int m = 0; m < T::blocks; ++m) {
-      hw::wgmma<T::block_k, T::fp16, false>(acc[m], descriptor_plus(a[m], 32 * k), descriptor_plus(b, 32 * k));
+      const uint64_t at_a = descriptor_plus(a[m], 32 * k), at_b = descriptor_plus(b, 32 * k);
+      if constexpr (T::e4m3) {
+        hw::wgmma_e4m3<T::block_k>(acc[m], at_a, at_b);
+      } else {
+        hw::wgmma<T::block_k, T::fp16, false>(acc[m], at_a, at_b);
+      }
     }
   }
   hw::wgmma_commit();
@@ -281,15 +305,15 @@ SM90_FN void consume(const Params& p, uint32_t base, int consumer) {
     float acc[T::blocks][T::block_k / 2];
 #pragma unroll
     for (int i = 0; i < T::block_k / 2; ++i) {
-      const float first = p.bias && j.split == 0
+      const float first = !T::e4m3 && p.bias && j.split == 0
                               ? hw::from_global(p.bias + j.k_block * T::block_k + acc_column(hw::thread() % 32, i))
                               : 0.f;
 #pragma unroll
       for (int m = 0; m < T::blocks; ++m) acc[m][i] = first;
     }
-    for_each_chunk<T::row_taps>(p, j, [&](const Chunk& k) {
+    const auto visit = [&](const Chunk& k) {
       // An instance for each length of a batch: ptxas serialises a conditional product.
-      const int steps = k16_steps(k.source->channels, k.chunk);
+      const int steps = k16_steps(k.source->channels, k.chunk, T::chunk);
       if (steps == 4) {
         multiply_chunk<T, 4>(p, base, consumer, k, acc, a, b);
       } else if (steps == 3) {
@@ -299,7 +323,19 @@ SM90_FN void consume(const Params& p, uint32_t base, int consumer) {
       } else {
         multiply_chunk<T, 1>(p, base, consumer, k, acc, a, b);
       }
-    });
+    };
+    if constexpr (T::e4m3) {
+      const Units u = units_of<T>(p, j);
+#pragma unroll 1
+      for (int of_short = 0; of_short < 2; ++of_short) {
+        in_units_of_shortcut<T>(p, j, acc, of_short && u.main < u.end);
+        for_each_chunk<T>(p, j, of_short ? most(u.begin, u.main) : u.begin, of_short ? u.end : least(u.end, u.main),
+                          visit);
+      }
+      as_numbers<T>(p, j, acc, u.main < u.end ? p.factor_short : p.factor);
+    } else {
+      for_each_chunk<T>(p, j, visit);
+    }
     if constexpr (T::blocks == 1) {
       if (!whole) {
         if (!last_to_add<T>(p, base, hw::fresh(job), consumer, acc[0])) continue;

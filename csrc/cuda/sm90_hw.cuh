@@ -163,6 +163,11 @@ SM90_FN void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b) {
   Wgmma<N, fp16, transpose>::issue(d, a, b);
 }
 
+template <int N>
+SM90_FN void wgmma_e4m3(float (&d)[N / 2], uint64_t a, uint64_t b) {
+  WgmmaE4m3<N>::issue(d, a, b);
+}
+
 // Shared memory by address.
 struct Vector {
   uint32_t word[4];

@@ -17,7 +17,8 @@
 namespace wrn_fast {
 namespace sm90 {
 
-constexpr int kChunk = 64;                     // channels: 128 bytes, the widest swizzle
+constexpr int kChunk = 64;                     // channels of 16 bits: 128 bytes, the widest swizzle
+constexpr int kChunk8 = 128;                   // channels of 8 bits (e4m3)
 constexpr int kRowBytes = 128;                 // of one pixel or one filter in a chunk
 constexpr int kWarpgroup = 128;                // threads
 constexpr int kConsumers = 2;                  // warpgroups
@@ -208,11 +209,13 @@ SM90_HD int shift_of(const Axis& a, int i) {
 }
 
 // The reduction: for a source, chunk slowest, then s, then r.
-SM90_HD int chunks_of(int64_t channels) {
-  return static_cast<int>(ceil_div(channels, kChunk));
+SM90_HD int chunks_of(int64_t channels, int size = kChunk) {
+  return static_cast<int>(ceil_div(channels, size));
 }
-SM90_HD int k16_steps(int64_t channels, int chunk) {
-  return least(kChunk, static_cast<int>(channels) - chunk * kChunk) / 16;
+// Products of 32 bytes of a chunk of `size` channels: 16 channels, or 32 in 8 bits, of which the last half may be
+// zeros.
+SM90_HD int k16_steps(int64_t channels, int chunk, int size = kChunk) {
+  return static_cast<int>(ceil_div(least(size, static_cast<int>(channels) - chunk * size), size / 4));
 }
 
 // A split reduction: unit u of `units` (a chunk at one filter column; a chunk of the shortcut) belongs to one split.
@@ -243,11 +246,13 @@ SM90_HD int block_k_of(int64_t K) {
 SM90_HD int64_t packed_block(int chunks, int R, int S, int k_block, int chunk, int s, int r) {
   return ((static_cast<int64_t>(k_block) * chunks + chunk) * S + s) * R + r;
 }
-SM90_HD int64_t packed_offset(int64_t K, int64_t C, int R, int S, int64_t k, int r, int s, int64_t c) {
+SM90_HD int64_t packed_offset(int64_t K, int64_t C, int R, int S, int64_t k, int r, int s, int64_t c,
+                              int size = kChunk) {
   const int block_k = block_k_of(K);
   const int64_t block =
-      packed_block(chunks_of(C), R, S, static_cast<int>(k / block_k), static_cast<int>(c / kChunk), s, r);
-  const uint32_t inside = static_cast<uint32_t>(k % block_k) * kRowBytes + static_cast<uint32_t>(c % kChunk) * 2;
+      packed_block(chunks_of(C, size), R, S, static_cast<int>(k / block_k), static_cast<int>(c / size), s, r);
+  const uint32_t inside =
+      static_cast<uint32_t>(k % block_k) * kRowBytes + static_cast<uint32_t>(c % size) * (kRowBytes / size);
   return block * block_k * kRowBytes + swizzled(inside, Swizzle::b128);
 }
 

@@ -16,6 +16,7 @@ __global__ void __launch_bounds__(kThreads, 1) sm90_conv_kernel(const __grid_con
 
 // Null: not compiled.
 ConvKernel fprop_fetch9(int block_k, DType dtype);
+ConvKernel fprop_e4m3(int block_k, DType dtype);
 ConvKernel fprop_shift3(int block_k, DType dtype);
 ConvKernel dgrad_fetch9(int block_k, DType dtype);
 ConvKernel dgrad_shift3(int block_k, DType dtype);

@@ -36,8 +36,8 @@ int64_t sm90_parts(const ConvShape& shape, bool dgrad, Sm90Tile tile) {
   return parts_of(shape, dgrad, tile);
 }
 
-int sm90_splits(const ConvShape& shape, int64_t short_C, bool dgrad, int multiprocessors) {
-  return splits_of(shape, short_C, dgrad, multiprocessors);
+int sm90_splits(const ConvShape& shape, int64_t short_C, bool dgrad, int multiprocessors, bool e4m3) {
+  return splits_of(shape, short_C, dgrad, multiprocessors, e4m3);
 }
 
 int64_t sm90_partial_bytes(const ConvShape& shape, bool dgrad, int splits) {
@@ -52,16 +52,16 @@ int sm90_block_k(int64_t K) {
   return block_k_of(K);
 }
 
-int64_t sm90_packed_bytes(int64_t K, int64_t C, int R, int S) {
-  return packed_bytes(K, C, R, S);
+int64_t sm90_packed_bytes(int64_t K, int64_t C, int R, int S, bool e4m3) {
+  return packed_bytes(K, C, R, S, e4m3);
 }
 
 cudaError_t sm90_fprop(const Sm90Fprop& f, cudaStream_t stream) {
-  if (refuses("fprop", f.shape, f.dtype, f.tile) || refuses_launch(f, f.tile)) return cudaErrorInvalidValue;
+  const char* const op = f.factor ? "fprop_fp8" : "fprop";
+  if (refuses(op, f.shape, f.dtype, f.tile) || refuses_launch(f, f.tile)) return cudaErrorInvalidValue;
   const int block_k = block_k_of(f.shape.K);
-  const bool shift3 = f.tile == Sm90Tile::shift3;
-  return launch(fprop_params(f), f.dtype, (shift3 ? fprop_shift3 : fprop_fetch9)(block_k, f.dtype),
-                shared_bytes_of(block_k, f.tile), f.early, stream);
+  const auto kernel = f.factor ? fprop_e4m3 : f.tile == Sm90Tile::shift3 ? fprop_shift3 : fprop_fetch9;
+  return launch(fprop_params(f), f.dtype, kernel(block_k, f.dtype), shared_bytes_of(block_k, f.tile), f.early, stream);
 }
 
 cudaError_t sm90_dgrad(const Sm90Dgrad& d, cudaStream_t stream) {

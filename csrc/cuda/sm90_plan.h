@@ -22,6 +22,7 @@ struct MapSpec {
   uint32_t box[5] = {1, 1, 1, 1, 1};
   uint32_t steps[5] = {1, 1, 1, 1, 1};  // element strides
   Swizzle swizzle = Swizzle::none;
+  int element = 2;  // bytes
 };
 
 // One source of the reduction.
@@ -57,6 +58,10 @@ struct ConvScalars {
   float* sums = nullptr;  // moments (fprop), sums (dgrad)
   float* partials = nullptr;
   int* counters = nullptr;
+
+  // Operands in e4m3: what makes the sums of either source numbers, [K].
+  const float* factor = nullptr;
+  const float* factor_short = nullptr;
 };
 template <class Map>
 struct ConvParams : ConvScalars {
@@ -98,8 +103,8 @@ inline uint32_t shared_bytes_of(int block_k, Sm90Tile tile) {
   return 0;
 }
 
-inline int64_t packed_bytes(int64_t K, int64_t C, int R, int S) {
-  return K * R * S * chunks_of(C) * kRowBytes;
+inline int64_t packed_bytes(int64_t K, int64_t C, int R, int S, bool e4m3 = false) {
+  return K * R * S * chunks_of(C, e4m3 ? kChunk8 : kChunk) * kRowBytes;
 }
 
 inline Extent extent_of(int64_t W, int64_t H, int64_t N) {
@@ -121,10 +126,10 @@ inline int64_t parts_of(const ConvShape& s, bool dgrad, Sm90Tile tile) {
 }
 
 // Splits of the reduction of a small call: fetch9 alone has them. short_C: channels of the shortcut, 0 without.
-inline int splits_of(const ConvShape& s, int64_t short_C, bool dgrad, int multiprocessors) {
-  const int chunks = chunks_of(dgrad ? s.K : s.C);
+inline int splits_of(const ConvShape& s, int64_t short_C, bool dgrad, int multiprocessors, bool e4m3 = false) {
+  const int size = e4m3 ? kChunk8 : kChunk, chunks = chunks_of(dgrad ? s.K : s.C, size);
   // A strided dgrad is not cut: its parities differ in units.
-  const int units = dgrad && s.stride > 1 ? 1 : chunks * s.S + chunks_of(short_C);
+  const int units = dgrad && s.stride > 1 ? 1 : chunks * s.S + chunks_of(short_C, size);
   return conv_splits(units, jobs_of(schedule_for(s, dgrad, Sm90Tile::fetch9)), multiprocessors);
 }
 inline int64_t split_blocks(const ConvShape& s, bool dgrad) {
@@ -142,10 +147,11 @@ inline void take_launch(ConvScalars& p, const Sm90Launch& l) {
   p.counters = l.counters;
 }
 
-// Why fprop or dgrad cannot be served, or null.
+// Why fprop, in 16 bits or ("fprop_fp8") in 8, or dgrad cannot be served, or null.
 inline const char* refuses(const char* op, const ConvShape& s, DType dtype, Sm90Tile tile) {
   const bool dgrad = std::strcmp(op, "dgrad") == 0;
   if (dtype != DType::bf16 && dtype != DType::f16) return "needs bfloat16 or float16";
+  if (std::strcmp(op, "fprop_fp8") == 0 && tile != Sm90Tile::fetch9) return "has fp8 with fetch9 alone";
   if (s.C % 16 || s.K % 16) return "needs C and K to be multiples of 16";
   if (s.stride < 1 || s.stride > 2) return "needs stride 1 or 2";
   if (s.R > 7 || s.S > 7) return "needs a filter of at most 7x7";
@@ -159,23 +165,27 @@ inline const char* refuses(const char* op, const ConvShape& s, DType dtype, Sm90
   return nullptr;
 }
 
-// x [N,H,W,C]: boxes of 64 channels x the tile's pixels, every `step`-th of them, with `halo` more rows.
-inline MapSpec source_map(const void* x, int64_t N, int64_t H, int64_t W, int64_t C, PixelTile t, int halo, int step) {
+// x [N,H,W,C]: boxes of a chunk of channels x the tile's pixels, every `step`-th of them, with `halo` more rows.
+inline MapSpec source_map(const void* x, int64_t N, int64_t H, int64_t W, int64_t C, PixelTile t, int halo, int step,
+                          bool e4m3 = false) {
+  const int size = e4m3 ? kChunk8 : kChunk, bytes = kRowBytes / size;
   MapSpec m;
   m.base = x;
   m.rank = 4;
   const uint64_t dims[4] = {uint64_t(C), uint64_t(W), uint64_t(H), uint64_t(N)};
-  const uint32_t box[4] = {kChunk, uint32_t(width_of(t) * step), uint32_t((height_of(t) + halo) * step), uint32_t(t.n)};
+  const uint32_t box[4] = {uint32_t(size), uint32_t(width_of(t) * step), uint32_t((height_of(t) + halo) * step),
+                           uint32_t(t.n)};
   const uint32_t steps[4] = {1, uint32_t(step), uint32_t(step), 1};
   for (int i = 0; i < 4; ++i) {
     m.dims[i] = dims[i];
     m.box[i] = box[i];
     m.steps[i] = steps[i];
   }
-  m.strides[0] = C * 2;
-  m.strides[1] = W * C * 2;
-  m.strides[2] = H * W * C * 2;
+  m.strides[0] = C * bytes;
+  m.strides[1] = W * C * bytes;
+  m.strides[2] = H * W * C * bytes;
   m.swizzle = Swizzle::b128;
+  m.element = bytes;
   return m;
 }
 
@@ -229,14 +239,14 @@ inline ConvParams<MapSpec> fprop_params(const Sm90Fprop& f) {
   p.source.rows[0] = fprop_axis(s.R, s.pad_top);
   p.source.columns[0] = fprop_axis(s.S, s.pad_left);
   take_prologue(p.source, f.prologue);
-  p.a = source_map(f.x, s.N, s.H, s.W, s.C, t, row_taps_of(f.tile) - 1, s.stride);
+  p.a = source_map(f.x, s.N, s.H, s.W, s.C, t, row_taps_of(f.tile) - 1, s.stride, f.factor);
   if (f.x_short) {
     p.w_short = f.w_short;
     p.source_short.channels = static_cast<int>(f.short_C);
     p.source_short.in_stride = f.short_stride;
     p.source_short.extent = extent_of(f.short_W, f.short_H, s.N);
     take_prologue(p.source_short, f.short_prologue);
-    p.a_short = source_map(f.x_short, s.N, f.short_H, f.short_W, f.short_C, t, 0, f.short_stride);
+    p.a_short = source_map(f.x_short, s.N, f.short_H, f.short_W, f.short_C, t, 0, f.short_stride, f.factor);
   }
   p.prologue = p.source.scale || p.source_short.scale;
   p.has_side = f.residual;
@@ -252,6 +262,8 @@ inline ConvParams<MapSpec> fprop_params(const Sm90Fprop& f) {
   p.slope = f.slope_out;
   p.counts = f.counts;
   p.sums = f.moments;
+  p.factor = f.factor;
+  p.factor_short = f.factor_short;
   return p;
 }
 

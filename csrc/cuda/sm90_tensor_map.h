@@ -26,7 +26,7 @@ inline PFN_cuTensorMapEncodeTiled_v12000 encoder() {
 
 // Bytes from the first to past the last element.
 inline uint64_t span_of(const MapSpec& m) {
-  uint64_t bytes = m.dims[0] * 2;
+  uint64_t bytes = m.dims[0] * m.element;
   for (int d = 1; d < m.rank; ++d) bytes += (m.dims[d] - 1) * m.strides[d - 1];
   return bytes;
 }
@@ -43,8 +43,9 @@ inline bool encode(const MapSpec& m, DType dtype, CUtensorMap* out) {
   if (m.rank == 0) return true;
   const auto call = encoder();
   if (!call) return false;
-  const CUtensorMapDataType type =
-      dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const CUtensorMapDataType type = m.element == 1        ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                                   : dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                         : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   if (call(out, type, m.rank, const_cast<void*>(m.base), m.dims, m.strides, m.box, m.steps,
            CU_TENSOR_MAP_INTERLEAVE_NONE, driver_swizzle(m.swizzle), CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
            CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS) {

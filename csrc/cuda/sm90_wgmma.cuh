@@ -1,4 +1,4 @@
-// wgmma of 64 x N x 16 with both operands in shared memory, fp32 accumulators. Not run on a GPU yet.
+// wgmma of 64 x N x 16 (e4m3: 32) with both operands in shared memory, fp32 accumulators. Not run on a GPU yet.
 //
 // One instance an N: the instruction names each accumulator register.
 #pragma once
@@ -50,9 +50,26 @@ struct Wgmma;
           : "l"(a), "l"(b), "n"(transpose), "n"(transpose));                              \
     }                                                                                     \
   };
+template <int N>
+struct WgmmaE4m3;
+
+// Both operands K-major: 8-bit types have no other order.
+#define SM90_WGMMA_E4M3(N, R, A, B)                                                                         \
+  template <>                                                                                               \
+  struct WgmmaE4m3<N> {                                                                                     \
+    static __device__ __forceinline__ void issue(float (&d)[R], uint64_t a, uint64_t b) {                   \
+      asm volatile(                                                                                         \
+          "{\n.reg .pred accumulate;\nsetp.eq.u32 accumulate, 1, 1;\n"                                      \
+          "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3 {" SM90_R##R "}, %" #A ", %" #B         \
+                                                                                 ", accumulate, 1, 1;\n}\n" \
+          : SM90_O##R                                                                                       \
+          : "l"(a), "l"(b));                                                                                \
+    }                                                                                                       \
+  };
 #define SM90_WGMMA_TYPES(N, R, A, B, T_A, T_B)    \
   SM90_WGMMA(N, R, A, B, T_A, T_B, "bf16", false) \
-  SM90_WGMMA(N, R, A, B, T_A, T_B, "f16", true)
+  SM90_WGMMA(N, R, A, B, T_A, T_B, "f16", true)   \
+  SM90_WGMMA_E4M3(N, R, A, B)
 
 SM90_WGMMA_TYPES(16, 8, 8, 9, 10, 11)
 SM90_WGMMA_TYPES(32, 16, 16, 17, 18, 19)
@@ -64,6 +81,7 @@ SM90_WGMMA_TYPES(128, 64, 64, 65, 66, 67)
 SM90_WGMMA_TYPES(160, 80, 80, 81, 82, 83)
 
 #undef SM90_WGMMA_TYPES
+#undef SM90_WGMMA_E4M3
 #undef SM90_WGMMA
 }  // namespace hw
 }  // namespace sm90

@@ -82,19 +82,27 @@ def build():
     return module
 
 
+_NO_KERNELS = ("Shape", "Weights", "refuses", "parts", "splits", "counters", "MOST_FEATURES")
+
+
 class Recorder:
     """The extension for the CPU that keeps (name, arguments) of every call; `device` is what it says to serve."""
 
     def __init__(self, extension, device="cpu"):
         self.extension, self.calls, self.DEVICE = extension, [], device
+        self.listener = None
 
     def __getattr__(self, name):
         function = getattr(self.extension, name)
-        if name in ("Shape", "refuses", "parts", "splits", "counters") or name.endswith(("_bytes", "_workspace")):
+        if name in ("Shape", "Weights", "refuses", "parts", "splits", "counters", "MOST_FEATURES") or name.endswith(
+            ("_bytes", "_workspace")
+        ):
             return function
 
         def call(*args, **kwargs):
             self.calls.append((name, kwargs))
+            if self.listener is not None:
+                self.listener(function, args, kwargs)
             return function(*args, **kwargs)
 
         return call

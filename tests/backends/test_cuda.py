@@ -14,7 +14,7 @@ from kernels import oracle
 import wrn_fast
 from wrn_fast import cache, dispatch, ops, parity, tune, tuned
 from wrn_fast.backends import aten, cuda
-from wrn_fast.kernels import cuda_check, cuda_launch, passed
+from wrn_fast.kernels import cuda_check, cuda_launch, cuda_weights, passed
 from wrn_fast.kernels.configs import TileConfig
 from wrn_fast.kernels.cuda_launch import Tile
 from wrn_fast.problem import ConvProblem
@@ -171,14 +171,14 @@ def test_dropout_of_the_source_is_drawn_once(recorder):
 @pytest.mark.parametrize("prologue", [False, True])
 def test_a_small_call_is_split_and_starts_early_where_a_pass_follows_the_packing(recorder, monkeypatch, prologue):
     monkeypatch.setattr(cuda_launch, "splits_of", lambda *args: 4)
-    monkeypatch.setattr(cuda_launch, "_counters", {})
+    monkeypatch.setattr(cuda_weights, "_counters", {})
     act = "relu" if prologue else "identity"
     case = case_of(prologue=prologue, affine=prologue, act=act, residual=False)
     for op in ("fprop", "dgrad", "fprop"):
         RUN[op](case)
     calls = [kwargs for name, kwargs in recorder.calls if name in ("fprop", "dgrad")]
     assert all(c["tile"] == 0 and c["splits"] == 4 and c["early"] == prologue and c["partials"] for c in calls)
-    (counters,) = cuda_launch._counters.values()
+    (counters,) = cuda_weights._counters.values()
     assert {c["counters"] for c in calls} == {counters.data_ptr()} and not counters.any()
 
 

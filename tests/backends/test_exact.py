@@ -30,8 +30,8 @@ PADS = {"no padding": (0, 0, 0, 0), "padding 1": (1, 1, 1, 1), "right and bottom
 def test_integers_are_exact_for_every_small_image(
     backend, op, stride, pad, algorithm, exactness, seed, monkeypatch
 ):  # fmt: skip
-    """Threshold 0 without Winograd and with F(2x2), whose factors are quarters; with F(4x4) and F(3x3), and wgrad has no other,
-    an error that any misplaced element would show in full.
+    """Threshold 0 without Winograd and with F(2x2), whose factors are quarters; with F(4x4) and F(3x3) (wgrad has no
+    other) an error that any misplaced element would show in full.
     """
     if algorithm in ("f2", "f3") and backend != "cpu":
         pytest.skip(f"{backend} has no {algorithm}")

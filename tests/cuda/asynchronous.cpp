@@ -39,13 +39,13 @@ uint64_t Machine::elements(const MapSpec& map, std::array<int, 5> at,
       const int64_t x = at[0] + static_cast<int64_t>(c);
       char* address = nullptr;
       if (in && x >= 0 && x < static_cast<int64_t>(map.dims[0])) {
-        address = const_cast<char*>(static_cast<const char*>(map.base)) + offset + x * 2;
-        check_global(address, 2);
+        address = const_cast<char*>(static_cast<const char*>(map.base)) + offset + x * map.element;
+        check_global(address, map.element);
       }
-      visit((i + c) * 2, address);
+      visit((i + c) * map.element, address);
     }
   }
-  return total * 2;
+  return total * map.element;
 }
 
 void Machine::check_global(const char* begin, uint64_t bytes) {
@@ -63,7 +63,8 @@ void Machine::check_map(const MapSpec& map, uint32_t shared) {
            map.steps[d] >= 1 && map.steps[d] <= 8;
     if (d) good = good && map.strides[d - 1] % 16 == 0 && map.strides[d - 1] < 1ull << 40;
   }
-  good = good && map.box[0] * 2 % 16 == 0 && (code == 0 || static_cast<int>(map.box[0] * 2) <= kSpan[code]);
+  const int row = static_cast<int>(map.box[0]) * map.element;
+  good = good && row % 16 == 0 && (code == 0 || row <= kSpan[code]);
   // The pattern repeats every 8 rows of its span.
   good = good && shared % (code == 0 ? 128 : 8 * kSpan[code]) == 0;
   if (!good) fail("a tensor map or its shared-memory address breaks the rules");
@@ -93,9 +94,9 @@ void Machine::load_box(uint32_t to, const MapSpec& map, uint32_t barrier, std::a
       char* const where = reinterpret_cast<char*>(
           &shared_[unswizzle(to + static_cast<uint32_t>(offset), static_cast<int>(map.swizzle))]);
       if (from) {
-        std::memcpy(where, from, 2);
+        std::memcpy(where, from, map.element);
       } else {
-        std::memset(where, 0, 2);
+        std::memset(where, 0, map.element);
       }
     });
   });
@@ -118,7 +119,7 @@ void Machine::store_box(const MapSpec& map, uint32_t from, std::array<int, 5> at
                        elements(map, at, [&](uint64_t offset, char* to) {
                          const uint32_t where =
                              unswizzle(from + static_cast<uint32_t>(offset), static_cast<int>(map.swizzle));
-                         if (to) std::memcpy(to, &shared_[where], 2);
+                         if (to) std::memcpy(to, &shared_[where], map.element);
                        });
                      }});
 }
@@ -143,7 +144,7 @@ void Machine::finish_one_copy(size_t i) {
 
 // Products of a warpgroup. The i-th call of each of its threads is one instruction.
 
-void Machine::product(int N, bool fp16, bool transpose, float* acc, uint64_t a, uint64_t b) {
+void Machine::product(int N, Format format, bool transpose, float* acc, uint64_t a, uint64_t b) {
   Fiber& f = fiber();
   const int group = current_ / 128;
   if (!f.ordered) fail("wgmma without wgmma.fence");
@@ -153,7 +154,7 @@ void Machine::product(int N, bool fp16, bool transpose, float* acc, uint64_t a, 
     queue.emplace_back();
     Product& p = queue.back();
     p.N = N;
-    p.fp16 = fp16;
+    p.format = format;
     p.transpose = transpose;
     p.a = a;
     p.b = b;
@@ -175,6 +176,7 @@ void Machine::check_product(int group, const Product& p) {
   }
   for (const auto& [descriptor, rows] : {std::pair<uint64_t, int>{p.a, 64}, {p.b, p.N}}) {
     for (int row = 0; row < rows; ++row) {
+      // 32 bytes: 16 numbers, or 32 of 8 bits.
       for (int k = 0; k < 16; k += 2) {
         const uint32_t address = element_address(descriptor, row, k, p.transpose) & ~3u;
         // Two numbers are a word in either major order; MN-major rows come in pairs.
@@ -190,14 +192,14 @@ void Machine::check_product(int group, const Product& p) {
   }
 }
 
-// Address of element (row, k) of an operand, 16-bit numbers, from its descriptor.
-uint32_t Machine::element_address(uint64_t descriptor, int i, int k, bool mn_major) {
+// Address of element (row, k) of an operand from its descriptor; 8-bit numbers are K-major and swizzled.
+uint32_t Machine::element_address(uint64_t descriptor, int i, int k, bool mn_major, int bytes) {
   const uint32_t start = (descriptor & 0x3fff) << 4, lbo = (descriptor >> 16 & 0x3fff) << 4,
                  sbo = (descriptor >> 32 & 0x3fff) << 4;
   const int code = static_cast<int>(descriptor >> 62), span = kSpan[code];
   uint32_t offset;
   if (!mn_major) {
-    offset = code ? i % 8 * span + i / 8 * sbo + 2 * k : i % 8 * 16 + i / 8 * sbo + k / 8 * lbo + k % 8 * 2;
+    offset = code ? i % 8 * span + i / 8 * sbo + bytes * k : i % 8 * 16 + i / 8 * sbo + k / 8 * lbo + k % 8 * 2;
   } else {
     const int T = span / 2;
     offset = code ? i % T * 2 + i / T * lbo + k % 8 * span + k / 8 * sbo
@@ -206,24 +208,36 @@ uint32_t Machine::element_address(uint64_t descriptor, int i, int k, bool mn_maj
   return unswizzle(start + offset, code);
 }
 
-std::vector<float> Machine::operand(uint64_t descriptor, int rows, bool fp16, bool mn_major) {
-  std::vector<float> v(16 * rows);
+// e4m3 without infinities: 4 bits of exponent, bias 7, 3 of mantissa; all ones is NaN.
+float from_e4m3(uint8_t v) {
+  const int exponent = v >> 3 & 15, fraction = v & 7;
+  const float size =
+      exponent ? std::ldexp(8.f + fraction, exponent - 10) : std::ldexp(static_cast<float>(fraction), -9);
+  return (v & 0x7f) == 0x7f ? NAN : v & 0x80 ? -size : size;
+}
+
+std::vector<float> Machine::operand(uint64_t descriptor, int rows, Format format, bool mn_major) {
+  const int bytes = format == Format::e4m3 ? 1 : 2, depth = 32 / bytes;
+  std::vector<float> v(depth * rows);
   for (int i = 0; i < rows; ++i) {
-    for (int k = 0; k < 16; ++k) {
-      uint16_t bits;
-      std::memcpy(&bits, &shared_[element_address(descriptor, i, k, mn_major)], 2);
-      v[k * rows + i] = fp16 ? wrn_fast::sm90::hw::from_fp16(bits) : wrn_fast::sm90::hw::from_bf16(bits);
+    for (int k = 0; k < depth; ++k) {
+      uint16_t bits = 0;
+      std::memcpy(&bits, &shared_[element_address(descriptor, i, k, mn_major, bytes)], bytes);
+      v[k * rows + i] = format == Format::e4m3   ? from_e4m3(static_cast<uint8_t>(bits))
+                        : format == Format::fp16 ? wrn_fast::sm90::hw::from_fp16(bits)
+                                                 : wrn_fast::sm90::hw::from_bf16(bits);
     }
   }
   return v;
 }
 
 void Machine::compute(const Product& p) {
-  const std::vector<float> a = operand(p.a, 64, p.fp16, p.transpose), b = operand(p.b, p.N, p.fp16, p.transpose);
+  const std::vector<float> a = operand(p.a, 64, p.format, p.transpose), b = operand(p.b, p.N, p.format, p.transpose);
+  const int depth = static_cast<int>(a.size()) / 64;
   std::vector<float> row(p.N);
   for (int i = 0; i < 64; ++i) {
     std::fill(row.begin(), row.end(), 0.f);
-    for (int k = 0; k < 16; ++k) {
+    for (int k = 0; k < depth; ++k) {
       const float x = a[k * 64 + i];
       const float* const y = &b[k * p.N];
       for (int n = 0; n < p.N; ++n) row[n] += x * y[n];

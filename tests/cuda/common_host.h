@@ -32,6 +32,9 @@ struct BFloat {
 struct Half {
   uint16_t bits;
 };
+struct E4M3 {
+  uint8_t bits;
+};
 
 inline float from_bits(uint32_t bits) {
   float v;
@@ -77,9 +80,26 @@ T narrow(W v) {
     const int shift = size > 0. ? std::max(exponent - 11, -24) : -24;  // of the last bit
     const int steps = static_cast<int>(std::nearbyint(std::ldexp(size, -shift)));
     return {static_cast<uint16_t>(sign | ((shift + 24) * 1024 + steps))};
+  } else if constexpr (std::is_same_v<T, E4M3>) {
+    const uint8_t sign = std::signbit(v) ? 0x80 : 0;
+    const double size = std::fabs(static_cast<double>(v));
+    if (v != v) return {0x7f};
+    if (size >= 448.) return {static_cast<uint8_t>(sign | 0x7e)};
+    int exponent = 0;
+    std::frexp(size, &exponent);
+    const int shift = size > 0. ? std::max(exponent - 4, -9) : -9;  // of the last bit
+    const int steps = static_cast<int>(std::nearbyint(std::ldexp(size, -shift)));
+    return {static_cast<uint8_t>(sign | ((shift + 9) * 8 + steps))};
   } else {
     return static_cast<T>(v);
   }
+}
+inline float widen(E4M3 v) {
+  const int exponent = v.bits >> 3 & 15, fraction = v.bits & 7;
+  const float size = exponent == 0 ? std::ldexp(static_cast<float>(fraction), -9)
+                                   : std::ldexp(static_cast<float>(fraction + 8), exponent - 10);
+  if ((v.bits & 0x7f) == 0x7f) return std::numeric_limits<float>::quiet_NaN();
+  return v.bits >> 7 ? -size : size;
 }
 
 inline void check_alignment(const void* p) {

@@ -50,6 +50,7 @@ class Call:
     seed: int = 0
     blocks: int = 2
     splits: int = 1
+    e4m3: bool = False
     tensors: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -93,6 +94,8 @@ def draw(seed: int) -> Call:
         c.act_out, c.affine_out = rng.choice(("none", "identity", "relu", "leaky_relu")), rng.random() < 0.7
         c.want_y = c.act_out == "none" or rng.random() < 0.8
     c.want_sums = rng.random() < 0.5 and c.want_y
+    if op == "fprop" and tile == "fetch9" and rng.random() < 0.4:
+        c.e4m3, c.prologue, c.short_prologue = True, False, False
     if op != "wgrad" and tile == "fetch9" and rng.random() < 0.3:
         c.splits = rng.randint(2, 6)
     return c
@@ -138,6 +141,8 @@ def tensors_of(c: Call) -> dict[str, Tensor]:
         t["x_short"], t["w_short"] = integers(g, -3, 3, c.N, H, W, c.short_C), integers(g, -2, 2, c.K, 1, 1, c.short_C)
         if c.short_prologue:
             t["scale_short"], t["shift_short"] = integers(g, 1, 2, c.short_C), integers(g, -2, 2, c.short_C)
+    if c.e4m3:
+        t |= {name: 2 ** integers(g, -3, 2, c.K) for name in ("factor", "factor_short")}
     if c.bias:
         t["bias"] = integers(g, -8, 8, c.K)
     if c.residual:
@@ -151,12 +156,13 @@ def fprop_oracle(c: Call, t: dict[str, Tensor], rounded: bool = False) -> tuple[
     """(y, y_act) in float64, [N,P,Q,K]; `rounded`: the convolution's source in the tested dtype, as eager has it."""
     a = affine_act(t["x"], t["scale"], t["shift"], c.act) if c.prologue else t["x"]
     a = a.to(c.dtype).double() if rounded else a
-    y = F.conv2d(F.pad(channels_first(a), c.pad), channels_first(t["w"]), stride=c.stride)
+    factor, factor_short = (t[n][:, None, None] if c.e4m3 else 1.0 for n in ("factor", "factor_short"))
+    y = factor * F.conv2d(F.pad(channels_first(a), c.pad), channels_first(t["w"]), stride=c.stride)
     if c.short_C:
         s = t["x_short"]
         if c.short_prologue:
             s = affine_act(s, t["scale_short"], t["shift_short"], "relu")
-        y = y + F.conv2d(channels_first(s), channels_first(t["w_short"]), stride=c.short_stride)
+        y = y + factor_short * F.conv2d(channels_first(s), channels_first(t["w_short"]), stride=c.short_stride)
     y = y.permute(0, 2, 3, 1) + t.get("bias", 0.0) + t.get("residual", 0.0)
     if c.act_out == "none":
         return y, None
@@ -183,7 +189,8 @@ def merged_moments(counts: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
 def run_fprop(tool: Tool, c: Call) -> str | None:
     """None, or a sentence about the first thing that is wrong."""
     exact = tensors_of(c)
-    t = {k: aligned(v, torch.float32 if v.dim() == 1 else c.dtype) for k, v in exact.items()}
+    operands = dict.fromkeys(("x", "w", "x_short", "w_short"), torch.float8_e4m3fn) if c.e4m3 else {}
+    t = {k: aligned(v, torch.float32 if v.dim() == 1 else operands.get(k, c.dtype)) for k, v in exact.items()}
     y, y_act = poisoned(c.dtype, c.N, c.P, c.Q, c.K), poisoned(c.dtype, c.N, c.P, c.Q, c.K)
     args = Fprop(shape=c.shape, dtype=DTYPES[c.dtype], tile=TILES.index(c.tile), x=pointer(t["x"]))
     w = tool.pack(t["w"])
@@ -197,6 +204,7 @@ def run_fprop(tool: Tool, c: Call) -> str | None:
         args.short_stride = c.short_stride
         if c.short_prologue:
             args.short_prologue = Prologue(pointer(t["scale_short"]), pointer(t["shift_short"]), ACTS.index("relu"))
+    args.factor, args.factor_short = pointer(t.get("factor")), pointer(t.get("factor_short"))
     args.bias, args.residual = pointer(t.get("bias")), pointer(t.get("residual"))
     if c.want_y:
         args.y = pointer(y)

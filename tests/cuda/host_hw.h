@@ -107,7 +107,11 @@ inline void wgmma_wait() {
 }
 template <int N, bool fp16, bool transpose>
 inline void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b) {
-  machine->product(N, fp16, transpose, d, a, b);
+  machine->product(N, fp16 ? host::Format::fp16 : host::Format::bf16, transpose, d, a, b);
+}
+template <int N>
+inline void wgmma_e4m3(float (&d)[N / 2], uint64_t a, uint64_t b) {
+  machine->product(N, host::Format::e4m3, false, d, a, b);
 }
 
 struct Vector {

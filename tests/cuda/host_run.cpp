@@ -18,6 +18,24 @@ Kernel kernel_of(DType dtype) {
                              : conv_body<ConvTraits<dgrad, block_k, blocks, row_taps, false>, ConvParams<MapSpec>>;
 }
 
+template <int block_k>
+Kernel e4m3_of(DType dtype) {
+  return dtype == DType::f16 ? conv_body<ConvTraits<false, block_k, 1, 1, true, true>, ConvParams<MapSpec>>
+                             : conv_body<ConvTraits<false, block_k, 1, 1, false, true>, ConvParams<MapSpec>>;
+}
+
+Kernel choose_e4m3(int block_k, DType dtype) {
+#define CASE(k, t, blocks, taps) \
+  if (block_k == k) return e4m3_of<k>(dtype);
+#ifdef HOST_RUN_ONLY_32
+  CASE(32, fetch9, 1, 1)
+#else
+  SM90_FETCH9(CASE)
+#endif
+#undef CASE
+  return nullptr;
+}
+
 template <bool dgrad>
 Kernel choose(int block_k, Sm90Tile tile, DType dtype) {
 #define CASE(k, t, blocks, taps) \
@@ -74,14 +92,17 @@ extern "C" {
 int host_fprop(const Sm90Fprop* f, uint64_t seed, int blocks, char* message, int size) {
   host::Machine m(seed);
   const ConvShape& s = f->shape;
-  m.allow(f->x, s.N * s.H * s.W * s.C * 2);
-  m.allow(f->x_short, s.N * f->short_H * f->short_W * f->short_C * 2);
-  m.allow(f->w, packed_bytes(s.K, s.C, s.R, s.S));
-  m.allow(f->w_short, packed_bytes(s.K, f->short_C, 1, 1));
+  const int bytes = f->factor ? 1 : 2;
+  m.allow(f->x, s.N * s.H * s.W * s.C * bytes);
+  m.allow(f->x_short, s.N * f->short_H * f->short_W * f->short_C * bytes);
+  m.allow(f->w, packed_bytes(s.K, s.C, s.R, s.S, f->factor));
+  m.allow(f->w_short, packed_bytes(s.K, f->short_C, 1, 1, f->factor));
   for (const void* v : {f->residual, static_cast<const void*>(f->y), static_cast<const void*>(f->y_act)}) {
     m.allow(v, pixels(s) * s.K * 2);
   }
-  return run(m, choose<false>(block_k_of(s.K), f->tile, f->dtype), fprop_params(*f), blocks, message, size);
+  const int block_k = block_k_of(s.K);
+  const Kernel kernel = f->factor ? choose_e4m3(block_k, f->dtype) : choose<false>(block_k, f->tile, f->dtype);
+  return run(m, kernel, fprop_params(*f), blocks, message, size);
 }
 
 int host_dgrad(const Sm90Dgrad* d, uint64_t seed, int blocks, char* message, int size) {
@@ -128,22 +149,22 @@ const char* host_refuses(const char* op, const ConvShape* s, int dtype, int tile
   return refuses(op, *s, static_cast<DType>(dtype), static_cast<Sm90Tile>(tile));
 }
 
-// w [K,R,S,C] (transpose: [C,R,S,K]) of 16-bit numbers to the packed image.
-void host_pack(const uint16_t* w, int64_t K, int64_t C, int R, int S, int transpose, uint16_t* out) {
-  std::memset(out, 0, packed_bytes(K, C, R, S));
+// w [K,R,S,C] (transpose: [C,R,S,K]) of numbers of so many bytes to the packed image.
+void host_pack(const char* w, int64_t K, int64_t C, int R, int S, int transpose, int bytes, char* out) {
+  std::memset(out, 0, packed_bytes(K, C, R, S, bytes == 1));
   for (int64_t k = 0; k < K; ++k) {
     for (int r = 0; r < R; ++r) {
       for (int s = 0; s < S; ++s) {
         for (int64_t c = 0; c < C; ++c) {
           const int64_t from = transpose ? ((c * R + r) * S + s) * K + k : ((k * R + r) * S + s) * C + c;
-          out[packed_offset(K, C, R, S, k, r, s, c) / 2] = w[from];
+          std::memcpy(out + packed_offset(K, C, R, S, k, r, s, c, kRowBytes / bytes), w + from * bytes, bytes);
         }
       }
     }
   }
 }
-int64_t host_packed_bytes(int64_t K, int64_t C, int R, int S) {
-  return packed_bytes(K, C, R, S);
+int64_t host_packed_bytes(int64_t K, int64_t C, int R, int S, int bytes) {
+  return packed_bytes(K, C, R, S, bytes == 1);
 }
 int host_sizes(int which) {
   return which == 0   ? sizeof(Sm90Fprop)

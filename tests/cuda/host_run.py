@@ -42,7 +42,8 @@ class Fprop(Structure):
         ("launch", Launch),
         ("shape", ConvShape), ("dtype", c_int32), ("tile", c_int32), ("x", c_void_p), ("prologue", Prologue),
         ("w", c_void_p), ("x_short", c_void_p), ("short_H", c_int64), ("short_W", c_int64), ("short_C", c_int64),
-        ("short_stride", c_int32), ("short_prologue", Prologue), ("w_short", c_void_p), ("bias", c_void_p),
+        ("short_stride", c_int32), ("short_prologue", Prologue), ("w_short", c_void_p), ("factor", c_void_p),
+        ("factor_short", c_void_p), ("bias", c_void_p),
         ("residual", c_void_p), ("y", c_void_p), ("y_act", c_void_p), ("act_out", c_int32), ("slope_out", c_float),
         ("out_scale", c_void_p), ("out_shift", c_void_p), ("counts", c_void_p), ("moments", c_void_p),
     ]  # fmt: skip
@@ -115,11 +116,11 @@ class Tool:
         self.lib.host_wgrad_workspace.argtypes = [POINTER(ConvShape), c_int]
         self.lib.host_partial_bytes.argtypes = [POINTER(ConvShape), c_int, c_int]
         self.lib.host_counters.argtypes = [POINTER(ConvShape), c_int]
-        self.lib.host_packed_bytes.argtypes = [c_int64, c_int64, c_int, c_int]
+        self.lib.host_packed_bytes.argtypes = [c_int64, c_int64, c_int, c_int, c_int]
         self.lib.host_parts.argtypes = [POINTER(ConvShape), c_int, c_int]
         self.lib.host_refuses.restype = c_char_p
         self.lib.host_refuses.argtypes = [c_char_p, POINTER(ConvShape), c_int, c_int]
-        self.lib.host_pack.argtypes = [c_void_p, c_int64, c_int64, c_int, c_int, c_int, c_void_p]
+        self.lib.host_pack.argtypes = [c_void_p, c_int64, c_int64, c_int, c_int, c_int, c_int, c_void_p]
         for name in ("host_fprop", "host_dgrad", "host_wgrad"):
             getattr(self.lib, name).argtypes = [c_void_p, c_uint64, c_int, c_char_p, c_int]
         sizes = [self.lib.host_sizes(i) for i in range(4)]
@@ -130,9 +131,10 @@ class Tool:
         K, R, S, C = w.shape
         if transpose:
             K, C = C, K
-        out = torch.empty(self.lib.host_packed_bytes(K, C, R, S) // 2 + 8, dtype=w.dtype)
-        out = out[(-out.data_ptr() // 2) % 8 :][: self.lib.host_packed_bytes(K, C, R, S) // 2]
-        self.lib.host_pack(w.contiguous().data_ptr(), K, C, R, S, transpose, out.data_ptr())
+        size = self.lib.host_packed_bytes(K, C, R, S, w.itemsize)
+        out = torch.empty(size + 16, dtype=torch.uint8)
+        out = out[-out.data_ptr() % 16 :][:size]
+        self.lib.host_pack(w.contiguous().data_ptr(), K, C, R, S, transpose, w.itemsize, out.data_ptr())
         return out
 
     def parts(self, shape: ConvShape, dgrad: bool, tile: str) -> int:

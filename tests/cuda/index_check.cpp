@@ -172,17 +172,18 @@ void packing() {
     const int block = block_k_of(K);
     CHECK(K % block == 0 && block % 16 == 0 && shared_bytes_of(block, Sm90Tile::fetch9) > 0);
     for (int64_t C : {16, 48, 64, 160}) {
-      for (int R : {1, 3}) {
+      for (const auto& [R, chunk] : {std::pair{1, kChunk}, {3, kChunk}, {1, kChunk8}, {3, kChunk8}}) {
+        const int bytes = kRowBytes / chunk;
         std::set<int64_t> seen;
         for (int64_t k = 0; k < K; ++k) {
           for (int r = 0; r < R; ++r) {
             for (int s = 0; s < 3; ++s) {
               for (int64_t c = 0; c < C; ++c) {
-                const int64_t at = packed_offset(K, C, R, 3, k, r, s, c);
-                CHECK(at >= 0 && at < packed_bytes(K, C, R, 3) && at % 2 == 0);
+                const int64_t at = packed_offset(K, C, R, 3, k, r, s, c, chunk);
+                CHECK(at >= 0 && at < packed_bytes(K, C, R, 3, chunk == kChunk8) && at % bytes == 0);
                 const int64_t b = at / (block * kRowBytes), row = at % (block * kRowBytes) / kRowBytes;
-                CHECK(b == packed_block(chunks_of(C), R, 3, k / block, c / kChunk, s, r) && row == k % block);
-                CHECK(at % kRowBytes / 16 == (c % kChunk / 8 ^ row % 8) && at % 16 == c % 8 * 2);
+                CHECK(b == packed_block(chunks_of(C, chunk), R, 3, k / block, c / chunk, s, r) && row == k % block);
+                CHECK(at % kRowBytes / 16 == (c % chunk * bytes / 16 ^ row % 8) && at % 16 == c * bytes % 16);
                 seen.insert(at);
               }
             }
@@ -193,9 +194,10 @@ void packing() {
     }
   }
   for (int64_t C : {16, 32, 48, 64, 80, 160, 320, 640}) {
-    int64_t steps = 0;
+    int64_t steps = 0, steps8 = 0;
     for (int i = 0; i < chunks_of(C); ++i) steps += k16_steps(C, i);
-    CHECK(steps * 16 == C);
+    for (int i = 0; i < chunks_of(C, kChunk8); ++i) steps8 += k16_steps(C, i, kChunk8);
+    CHECK(steps * 16 == C && steps8 == ceil_div(C, 32));
   }
 }
 

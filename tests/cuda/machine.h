@@ -76,9 +76,13 @@ struct Meeting {
   long generation = 0;
 };
 
+// Of the operands of a product.
+enum class Format { bf16, fp16, e4m3 };
+
 struct Product {
   int N = 0, contributors = 0;
-  bool fp16 = false, transpose = false;
+  Format format = Format::bf16;
+  bool transpose = false;
   uint64_t a = 0, b = 0;
   long group = 0;
   std::array<float*, 128> acc{};
@@ -130,7 +134,7 @@ class Machine {
   void store_commit();
   void store_wait_read();
   void order_products() { fiber().ordered = true; }
-  void product(int N, bool fp16, bool transpose, float* acc, uint64_t a, uint64_t b);
+  void product(int N, Format format, bool transpose, float* acc, uint64_t a, uint64_t b);
   void commit_products();
   void wait_products(int pending);
   void read(uint32_t address, void* to, int bytes);
@@ -156,8 +160,8 @@ class Machine {
   void issue_load(uint32_t to, uint32_t bytes, uint32_t barrier, std::function<void()> copy);
   void check_product(int group, const Product& p);
   void compute(const Product& p);
-  static uint32_t element_address(uint64_t descriptor, int row, int k, bool mn_major);
-  std::vector<float> operand(uint64_t descriptor, int rows, bool fp16, bool transpose);
+  static uint32_t element_address(uint64_t descriptor, int row, int k, bool mn_major, int bytes = 2);
+  std::vector<float> operand(uint64_t descriptor, int rows, Format format, bool transpose);
 
   std::mt19937_64 random_;
   std::vector<Region> regions_;

@@ -7,6 +7,7 @@ namespace wrn_fast {
 namespace {
 
 using cuda::BFloat;
+using cuda::E4M3;
 using cuda::Half;
 using cuda::narrow;
 using cuda::widen;
@@ -44,7 +45,8 @@ struct Packed {
   int R, S;
 
   float operator()(int64_t k, int r, int s, int64_t c) const {
-    return widen(data[sm90::packed_offset(K, C, R, S, k, r, s, c) / 2]);
+    constexpr int bytes = sizeof(T);
+    return widen(data[sm90::packed_offset(K, C, R, S, k, r, s, c, sm90::kRowBytes / bytes) / bytes]);
   }
 };
 
@@ -56,13 +58,14 @@ float source(const Image<T>& x, const Sm90Prologue& p, int64_t n, int64_t h, int
   return widen(narrow<T>(activate(x(n, h, w, c) * p.scale[c] + p.shift[c], p.act, p.slope)));
 }
 
-template <class T>
+// O: of the operands of the products.
+template <class T, class O>
 void fprop(const Sm90Fprop& a) {
   const ConvShape& s = a.shape;
-  const Image<T> x{static_cast<const T*>(a.x), s.H, s.W, s.C};
-  const Image<T> x_short{static_cast<const T*>(a.x_short), a.short_H, a.short_W, a.short_C};
-  const Packed<T> w{static_cast<const T*>(a.w), s.K, s.C, s.R, s.S};
-  const Packed<T> w_short{static_cast<const T*>(a.w_short), s.K, a.short_C, 1, 1};
+  const Image<O> x{static_cast<const O*>(a.x), s.H, s.W, s.C};
+  const Image<O> x_short{static_cast<const O*>(a.x_short), a.short_H, a.short_W, a.short_C};
+  const Packed<O> w{static_cast<const O*>(a.w), s.K, s.C, s.R, s.S};
+  const Packed<O> w_short{static_cast<const O*>(a.w_short), s.K, a.short_C, 1, 1};
   const int64_t pixels = s.N * s.P * s.Q, parts = sm90::parts_of(s, false, a.tile);
   for (int64_t i = 0; i < pixels; ++i) {
     const int64_t n = i / (s.P * s.Q), p = i / s.Q % s.P, q = i % s.Q;
@@ -73,9 +76,11 @@ void fprop(const Sm90Fprop& a) {
           for (int64_t c = 0; c < s.C; ++c)
             sum += source(x, a.prologue, n, p * s.stride + r - s.pad_top, q * s.stride + t - s.pad_left, c) *
                    w(k, r, t, c);
+      if (a.factor) sum *= a.factor[k];
       if (a.x_short)
         for (int64_t c = 0; c < a.short_C; ++c)
-          sum += source(x_short, a.short_prologue, n, p * a.short_stride, q * a.short_stride, c) * w_short(k, 0, 0, c);
+          sum += (a.factor ? a.factor_short[k] : 1.f) *
+                 source(x_short, a.short_prologue, n, p * a.short_stride, q * a.short_stride, c) * w_short(k, 0, 0, c);
       if (a.bias) sum += a.bias[k];
       if (a.residual) sum += widen(static_cast<const T*>(a.residual)[i * s.K + k]);
       if (a.y) static_cast<T*>(a.y)[i * s.K + k] = narrow<T>(sum);
@@ -164,11 +169,11 @@ int64_t sm90_parts(const ConvShape& shape, bool dgrad, Sm90Tile tile) {
 int sm90_block_k(int64_t K) {
   return sm90::block_k_of(K);
 }
-int64_t sm90_packed_bytes(int64_t K, int64_t C, int R, int S) {
-  return sm90::packed_bytes(K, C, R, S);
+int64_t sm90_packed_bytes(int64_t K, int64_t C, int R, int S, bool e4m3) {
+  return sm90::packed_bytes(K, C, R, S, e4m3);
 }
-int sm90_splits(const ConvShape& shape, int64_t short_C, bool dgrad, int multiprocessors) {
-  return sm90::splits_of(shape, short_C, dgrad, multiprocessors);
+int sm90_splits(const ConvShape& shape, int64_t short_C, bool dgrad, int multiprocessors, bool e4m3) {
+  return sm90::splits_of(shape, short_C, dgrad, multiprocessors, e4m3);
 }
 int64_t sm90_partial_bytes(const ConvShape& shape, bool dgrad, int splits) {
   return sm90::partial_bytes(shape, dgrad, splits);
@@ -181,7 +186,12 @@ int64_t sm90_wgrad_workspace(const ConvShape& shape, int) {
 }
 
 cudaError_t sm90_fprop(const Sm90Fprop& args, cudaStream_t) {
-  args.dtype == DType::bf16 ? fprop<BFloat>(args) : fprop<Half>(args);
+  const bool bf16 = args.dtype == DType::bf16;
+  if (args.factor) {
+    bf16 ? fprop<BFloat, E4M3>(args) : fprop<Half, E4M3>(args);
+  } else {
+    bf16 ? fprop<BFloat, BFloat>(args) : fprop<Half, Half>(args);
+  }
   return cudaSuccess;
 }
 cudaError_t sm90_dgrad(const Sm90Dgrad& args, cudaStream_t) {

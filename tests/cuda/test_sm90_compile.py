@@ -60,8 +60,8 @@ def check(log, instructions, kind, shape, products, batches):
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in log
     assert not re.search(r"C75\d\d", log), log
     assert not count(instructions, "(LDL|STL)")
-    assert count(instructions, "HGMMA") == count(instructions, re.escape(shape)) == products
-    assert count(instructions, r"WARPGROUP\.ARRIVE") == count(instructions, r"HGMMA.*gsb0") == batches
+    assert count(instructions, "[HQ]GMMA") == count(instructions, re.escape(shape)) == products
+    assert count(instructions, r"WARPGROUP\.ARRIVE") == count(instructions, r"[HQ]GMMA.*gsb0") == batches
     assert count(instructions, "USETMAXREG") == 2
     highest = max(int(r) for line in instructions for r in re.findall(r"\bR(\d+)\b", line))
     assert highest < CONSUMER_REGISTERS[kind]
@@ -74,6 +74,12 @@ def check_conv(folder, dgrad, block_k, blocks, row_taps, dtype):
     log, instructions = compiled(folder, "sm90_conv.cuh", "ConvParams", "kThreads", f"conv_body<{traits}>")
     shape = f"HGMMA.64x{block_k}x16.F32" + (".BF16" if dtype == "BF16" else "")
     check(log, instructions, "conv", shape, blocks * sum(BATCHES), len(BATCHES))
+
+
+def check_e4m3(folder, block_k, dtype):
+    traits = f"ConvTraits<false, {block_k}, 1, 1, {DTYPES[dtype]}, true>"
+    log, instructions = compiled(folder, "sm90_conv.cuh", "ConvParams", "kThreads", f"conv_body<{traits}>")
+    check(log, instructions, "conv", f"QGMMA.64x{block_k}x32.F32.E4M3.E4M3", sum(BATCHES), len(BATCHES))
 
 
 def check_wgrad(folder, block_k, halo, dtype):
@@ -90,6 +96,10 @@ def test_the_widest_kernels_compile_to_the_plan(tmp_path, kernel, dgrad):
     check_conv(tmp_path, dgrad, *kernel, "BF16")
 
 
+def test_the_widest_kernel_of_8_bits_compiles_to_the_plan(tmp_path):
+    check_e4m3(tmp_path, 160, "BF16")
+
+
 @pytest.mark.parametrize("halo", [True, False])
 def test_wgrad_compiles_to_the_plan(tmp_path, halo):
     check_wgrad(tmp_path, 160, halo, "BF16")
@@ -101,6 +111,13 @@ def test_wgrad_compiles_to_the_plan(tmp_path, halo):
 @pytest.mark.parametrize("kernel", CONV)
 def test_every_kernel_compiles_to_the_plan(tmp_path, kernel, dgrad, dtype):
     check_conv(tmp_path, dgrad, *kernel, dtype)
+
+
+@pytest.mark.rotate(1)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_k", [k for k, blocks, _ in CONV if blocks == 1])
+def test_every_kernel_of_8_bits_compiles_to_the_plan(tmp_path, block_k, dtype):
+    check_e4m3(tmp_path, block_k, dtype)
 
 
 @pytest.mark.rotate(1)

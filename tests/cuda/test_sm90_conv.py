@@ -21,7 +21,7 @@ WGRAD = [
 
 
 def check(tool, call):
-    reason = tool.refuses(call.op, call.shape, call.dtype, call.tile)
+    reason = tool.refuses("fprop_fp8" if call.e4m3 else call.op, call.shape, call.dtype, call.tile)
     assert reason is None, f"{reason}\n{call}"
     wrong = conv_cases.run(tool, call)
     assert wrong is None, f"{wrong}\n{call}"
@@ -46,6 +46,30 @@ def test_every_compiled_kernel_is_exact(tool, seed, tile, width, op):
     if op == "dgrad":
         call = replace(call, C=width, K=16, N=1)
     check(tool, call)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_kernel_of_8_bits_is_exact(tool, seed, width):
+    """e4m3 operands of both sources with factors of their own, and everything that the epilogue can do."""
+    side = (8, 16, 32)[seed % 3]
+    call = Call(
+        "fprop", "fetch9", list(conv_cases.DTYPES)[seed // 3 % 2], (5, 3, 1)[seed % 3], side, side, 48, width,
+        short_C=144, bias=True, residual=True, act_out="relu", want_sums=True, seed=seed, e4m3=True,
+    )  # fmt: skip
+    check(tool, call)
+
+
+@pytest.mark.parametrize("channels", [16, 32, 112, 128, 144, 160, 320])
+def test_every_remainder_of_the_reduction_in_8_bits_is_exact(tool, seed, channels):
+    """Chunks of 1 to 4 steps of 32 channels, the last of them half zeros where C is an odd multiple of 16."""
+    check(tool, Call("fprop", N=1, H=8, W=8, C=channels, K=64, seed=seed, e4m3=True))
+
+
+@pytest.mark.parametrize("splits", [2, 5, 9])
+def test_a_split_reduction_in_8_bits_is_exact(tool, seed, splits):
+    """Pieces before, across and behind the change of source, each made numbers by its own factor."""
+    call = Call(N=1, H=8, W=8, C=144, K=64, short_C=272, bias=True, residual=True, want_sums=True, e4m3=True, seed=seed)
+    check(tool, replace(call, blocks=5, splits=splits))
 
 
 @pytest.mark.parametrize("channels", [16, 32, 48, 160, 320])
@@ -106,4 +130,5 @@ def test_what_is_not_served_is_named(tool):
     assert "multiples of 16" in tool.refuses("fprop", Call(C=24).shape, torch.bfloat16, "fetch9")
     assert "3x3" in tool.refuses("fprop", Call(K=64, stride=2).shape, torch.bfloat16, "shift3")
     assert "blocks of" in tool.refuses("dgrad", Call(C=16).shape, torch.bfloat16, "shift3")
+    assert "fetch9" in tool.refuses("fprop_fp8", Call(K=64).shape, torch.bfloat16, "shift3")
     assert "stride" in tool.refuses("fprop", Call(stride=3).shape, torch.bfloat16, "fetch9")

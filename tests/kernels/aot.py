@@ -105,7 +105,7 @@ def _ranges(case: Shipped) -> Any:
 def _call(case: Shipped) -> None:
     from kernels.interpreted import FPROP, PROLOGUE
 
-    from wrn_fast.kernels import bn_bwd_apply, dgrad, dropout, fprop, masks, stats, wgrad
+    from wrn_fast.kernels import bn_bwd_apply, dgrad, dropout, fprop, head, masks, stats, wgrad
 
     op, problem, t = case.op, case.problem, tensors(case.problem)
     tile = ()
@@ -132,6 +132,12 @@ def _call(case: Shipped) -> None:
         "act_mask": lambda: masks.act_mask(problem, t["x"], *vectors),
         "channel_stats": lambda: stats.channel_stats(problem, t["x"]),
         "dropout": lambda: dropout.dropout(problem, t["x"], t["rng"]),
+        "head": lambda: head.head(
+            problem, t["x"], *vectors, torch.empty((problem.K, problem.C), device="meta"), t["bias"]
+        ),
+        "head_bwd": lambda: head.head_bwd(
+            problem, torch.empty((problem.N, problem.C), device="meta"), t["x"], *vectors
+        ),
     }
     calls[op]()
 

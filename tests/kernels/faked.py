@@ -91,10 +91,10 @@ def driver() -> Iterator[list[Seen]]:
 
 def kernels() -> list[Any]:
     """Every bound kernel."""
-    from wrn_fast.kernels import bn_bwd_apply, conv, dropout, fp8, masks, stats, wgrad
+    from wrn_fast.kernels import bn_bwd_apply, conv, dropout, fp8, head, masks, stats, wgrad
     from wrn_fast.kernels.bound import Bound
 
-    modules = (bn_bwd_apply, conv, dropout, fp8, masks, stats, wgrad)
+    modules = (bn_bwd_apply, conv, dropout, fp8, head, masks, stats, wgrad)
     return [v for module in modules for v in vars(module).values() if isinstance(v, Bound)]
 
 
@@ -220,3 +220,29 @@ if __name__ == "__main__":
         case = shipped.cases()[f"sm_90 bf16 n128 {name}"]
         launches, us = cost(case.op, case.problem._replace(N=1))
         print(f"{name}: {launches} launches, {us:.0f} us of host time")
+
+
+def head_launches() -> dict[str, int]:
+    """How many kernels a call of the head launches, by kind; of a batch whose sums one step adds."""
+    from wrn_fast.kernels.head import head, head_bwd
+
+    base = ConvProblem("cuda", torch.bfloat16, torch.float32, 16, 8, 8, 640, 10, 1, 1, bias=True, **shipped.ACT)
+    plain = base._replace(act="identity", prologue=False, affine=False, bias=False, cosine=True)
+    forward = {"classic": base, "cosine": plain, "1000 classes": base._replace(K=1000)}
+    backward = {
+        "eval": base, "eval with sums": base._replace(want_stats=True),
+        "training": base._replace(want_stats=True, batch_stats=True),
+    }  # fmt: skip
+    found = {}
+    with driver() as seen:
+        for name, problem in (forward | backward).items():
+            seen.clear()
+            y = torch.empty((16, 640, 8, 8), dtype=torch.bfloat16, memory_format=torch.channels_last)
+            vectors = [torch.empty(2, 640), torch.empty(640), torch.empty(640)] if problem.prologue else [None] * 3
+            if name in forward:
+                bias = torch.empty(problem.K) if problem.bias else None
+                head(problem, y, *vectors, torch.empty(problem.K, 640), bias)
+            else:
+                head_bwd(problem, torch.empty(16, 640), y, *vectors)
+            found[name] = len(seen)
+    return found

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wrn_fast.kernels import dgrad, dropout, fprop, stats, wgrad
+from wrn_fast.kernels import dgrad, dropout, fprop, head, stats, wgrad
 from wrn_fast.kernels.bound import Bound
 from wrn_fast.kernels.configs import TileConfig
 from wrn_fast.problem import ConvProblem
@@ -155,6 +155,24 @@ def elementwise(op: str) -> bool:
     tile_rows = min(8192 // block, rows * IMAGE)
     pivot, offset = seen[0][-1, :2, -block:].double()
     return _result((pivot + offset).float(), _pixels(tail(x, rows))[-tile_rows:, -block:].mean(0))
+
+
+def last_image(op: str) -> bool:
+    """The last program of the head: the feature of the last image, or its gradient."""
+    p = problem(WIDE, WIDE)._replace(act="relu", K=NARROW, bias=False)
+    y = ending((p.N, WIDE, IMAGE, IMAGE), IMAGE)
+    image = y[-1:].double()
+    if op == "head":
+        w = torch.randint(-1, 2, (NARROW, WIDE)).half()
+        with last_program(head._head_kernel):
+            out, feature = head.head(p, y, None, None, None, w, None)
+        want = F.relu(image).mean((2, 3))
+        return _result(feature[-1:], want.half().double()) and _result(out[-1:], (want @ w.double().T).half().double())
+    dfeat = torch.full((p.N, WIDE), 64.0)
+    with last_program(head._head_bwd_kernel):
+        dy, _ = head.head_bwd(p, dfeat, y, None, None, None)
+    block = stats.channel_block(WIDE)
+    return _result(dy[-1:, -block:], (image > 0).double()[:, -block:])
 
 
 def _pixels(v: Tensor) -> Tensor:

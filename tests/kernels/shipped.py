@@ -22,6 +22,7 @@ IMAGES = {
     16: 32, 32: 32, 48: 32, 64: 32, 96: 32, 128: 16, 160: 32, 192: 16, 256: 8, 320: 16, 512: 8, 640: 8, 1024: 8,
     7: 32, 20: 32, 100: 16,
 }  # fmt: skip
+RAW = {"prologue": False, "affine": False, "act": "identity"}
 ACT = {"prologue": True, "affine": True, "act": "relu", "eps": 1e-5}
 
 
@@ -96,6 +97,13 @@ def _others(route: Route) -> Iterator[tuple[str, str, ConvProblem]]:
         yield f"{width} bn_bwd_apply", "bn_bwd_apply", same(prologue=True, affine=True, batch_stats=True)
         yield f"{width} channel_stats", "channel_stats", same()
         yield f"{width} dropout", "dropout", same(p=0.3, drop_at="output")
+    for width in (64, 128, 256, 640):
+        head = ConvProblem("cuda", route.dtype, torch.float32, route.batch, 8, 8, width, 10, 1, 1, bias=True, **ACT)
+        yield f"{width} head", "head", head
+        yield f"{width} head_bwd", "head_bwd", head._replace(batch_stats=True, want_stats=True)
+    yield "640 cosine head", "head", head._replace(**RAW, bias=False, cosine=True)
+    yield "640 head of 1000", "head", head._replace(K=1000)
+    yield "640 eval head_bwd", "head_bwd", head
 
 
 def cases() -> dict[str, Shipped]:

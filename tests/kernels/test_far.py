@@ -19,3 +19,8 @@ def test_the_last_split_of_wgrad_is_exact(interpreter, c, k):
 @pytest.mark.parametrize("op", ["apply", "channel_stats"])
 def test_elementwise_passes_reach_the_end(interpreter, op):
     assert interpreter(far.elementwise, op)
+
+
+@pytest.mark.parametrize("op", ["head", "head_bwd"])
+def test_the_head_of_the_last_image_is_exact(interpreter, op):
+    assert interpreter(far.last_image, op)

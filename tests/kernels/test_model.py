@@ -15,4 +15,4 @@ def test_the_model_is_the_reference(interpreter, seed, head):
 
 
 def test_the_backend_is_the_one_that_ran(interpreter):
-    assert interpreter(whole_model.backends) == {"fprop": "triton", "dgrad": "triton", "wgrad": "triton"}
+    assert set(interpreter(whole_model.backends).values()) == {"triton"}

@@ -2,7 +2,8 @@
 
 All of it at once, by hand (a quarter of an hour on one core):
 
-    TRITON_INTERPRET=1 WRN_FAST_BACKEND=triton python -m pytest tests/test_ops.py tests/backends -k "test_ops or triton"
+    TRITON_INTERPRET=1 WRN_FAST_BACKEND=triton python -m pytest tests/test_ops.py tests/test_head.py tests/backends \\
+        -k "test_ops or test_head or triton"
 """
 
 import importlib.util
@@ -17,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 OPS = "tests/test_ops.py"
 PRIMITIVES = "tests/backends/test_primitives.py"
 EXACT = "tests/backends/test_exact.py"
+HEAD = "tests/test_head.py"
+HEADS = "tests/backends/test_head.py"
 MASKS = "tests/backends/test_masks.py"
 # About a minute each on one core.
 PIECES = {
@@ -33,10 +36,14 @@ PIECES = {
     "masks in 16 bits": (MASKS, "triton and (float16 or bfloat16)"),
     "masks": (MASKS, "triton and not float16 and not bfloat16"),
     "exact": (EXACT, "triton and not every_small_image"),
+    "opcheck of the head": (HEAD, "opcheck"),
+    "head": (HEAD, "not opcheck and not gradcheck"),
+    "head beside eager": (HEADS, "triton"),
 }
 # Minutes each.
 LONG = {
     "derivatives by differences": (OPS, "gradcheck"),
+    "derivatives of the head by differences": (HEAD, "gradcheck"),
     "every small image": (EXACT, "triton and every_small_image"),
 }
 

@@ -31,7 +31,7 @@ def chosen() -> Iterator[None]:
 def backends() -> dict[str, str]:
     problem = ConvProblem("cpu", torch.float32, torch.float32, 1, 4, 4, 3, 3, 3, 3, 1, (1, 1, 1, 1))
     with chosen():
-        return {op: dispatch.choose(op, problem).NAME for op in ("fprop", "dgrad", "wgrad")}
+        return {op: dispatch.choose(op, problem).NAME for op in ("fprop", "dgrad", "wgrad", "head", "head_bwd")}
 
 
 def errors(seed: int, head: str) -> dict[str, float]:

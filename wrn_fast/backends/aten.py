@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wrn_fast import masks, random
-from wrn_fast.problem import ConvProblem
+from wrn_fast.problem import NORM_EPS, ConvProblem
 
 NAME = "aten"
 
@@ -282,3 +282,60 @@ def channel_stats(problem: ConvProblem, x: Tensor) -> Tensor:
 def dropout(problem: ConvProblem, x: Tensor, rng: Tensor) -> Tensor:
     """x * mask / (1 - p)."""
     return _nhwc(random.dropout(x.to(problem.stats_dtype), rng, problem.p), problem.dtype)
+
+
+def pool(problem: ConvProblem, v: Tensor) -> Tensor:
+    """[N,C]: the mean of act(v) over the image, v after BatchNorm; differentiable."""
+    return F.avg_pool2d(activate(v, problem.act, problem.slope), (problem.H, problem.W)).flatten(1)
+
+
+def unit(feature: Tensor) -> Tensor:
+    """feature / |feature| along C; differentiable."""
+    return F.normalize(feature, dim=1, eps=NORM_EPS)
+
+
+def classify(problem: ConvProblem, feature: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """[N,K]: the classes' values, in the feature's dtype; differentiable."""
+    bias = None if bias is None else bias.to(feature.dtype)
+    if not problem.cosine:
+        return F.linear(feature, w.to(feature.dtype), bias)
+    return F.linear(unit(feature), w.to(feature.dtype), bias).abs()
+
+
+def head(
+    problem: ConvProblem,
+    y: Tensor,
+    stats: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    w: Tensor,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(out [N,K], feat [N,C]): the mean of act(bn(y)) over the image, and the classes' values of it."""
+    feature = pool(problem, normalize(y.to(problem.stats_dtype), stats, gamma, beta, problem.eps))
+    return classify(problem, feature, w, bias).to(problem.dtype), feature.to(problem.dtype)
+
+
+def head_bwd(
+    problem: ConvProblem, dfeat: Tensor, y: Tensor, stats: Tensor | None, gamma: Tensor | None, beta: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(dy [N,C,H,W], sums_g [2,C]) from the feature's gradient, with g = dfeat / (H*W) * act'(bn(y)):
+
+    dy = gamma * rstd * (g - sum(g)/m - xhat * sum(g*xhat)/m)    batch statistics, m = N*H*W
+    dy = gamma * rstd * g                                        running ones;   dy = g without BatchNorm
+    """
+    wide = problem.stats_dtype
+    g = (dfeat / (problem.H * problem.W))[:, :, None, None].expand(y.shape)
+    v = y.to(wide)
+    g = act_backward(g, normalize(v, stats, gamma, beta, problem.eps), problem.act, problem.slope)
+    sums = _absent(y, wide)
+    if stats is not None:
+        xhat = standardize(v, stats, problem.eps)
+        if problem.batch_stats or problem.want_stats:
+            sums = torch.stack([g.sum((0, 2, 3)), (g * xhat).sum((0, 2, 3))])
+        if problem.batch_stats:
+            m = max(1, problem.N * problem.H * problem.W)
+            g = g - channel(sums[0] / m) - xhat * channel(sums[1] / m)
+        rstd = (stats[1] + problem.eps).rsqrt()
+        g = g * channel(rstd if gamma is None else rstd * gamma.to(wide))
+    return _nhwc(g, problem.dtype), sums if problem.want_stats else _absent(y, wide)

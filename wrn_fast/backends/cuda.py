@@ -2,9 +2,8 @@
 memory for 7.5 and later.
 
 Every call queues its kernels on torch's current stream of x's device, takes scratch from torch's allocator, reads
-nothing back, and so may be captured on its first call. A float32 filter is cast while it is packed. A pack is kept
-per stream while the filter's object, pointer and version stay what they were; then its kernel compares samples of each
-tile on the device, because fused optimizers change a filter without its version. Inside a capture every call packs.
+nothing back, and so may be captured on its first call. A float32 filter is cast while it is packed;
+`kernels/cuda_weights.py` says how long a pack is kept.
 
 Numerics: products of 16-bit operands, sums in float32, one rounding at the store; bn(x) = x * scale + shift in float32,
 rounded once where it enters the product. Dropout is a pass of its own.
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wrn_fast import tuned
+from wrn_fast import scales, tuned
 from wrn_fast._build import missing_extension_reason
 from wrn_fast.kernels import cuda_check, cuda_launch, cuda_passes
 from wrn_fast.kernels.cuda_launch import STEP, Tile
@@ -28,7 +27,7 @@ from wrn_fast.problem import ConvProblem
 
 NAME = "cuda"
 
-_TENSORS = {"fprop": 15, "dgrad": 7, "wgrad": 6}  # arguments of the convolutions
+_TENSORS = {"fprop": 15, "fprop_fp8": 15, "dgrad": 7, "wgrad": 6}  # arguments of the convolutions
 _KERNEL_OF = {"input_grad": "dgrad"}
 _HALVES = (torch.bfloat16, torch.float16)
 _HOPPER, _OLDEST = (9, 0), (7, 5)
@@ -98,8 +97,18 @@ def refused(op: str, problem: ConvProblem) -> str | None:
     if refused:
         return refused
     if not convolution:
-        return None if problem.dtype in CODES else f"serves float16, bfloat16, float32, float64, got {problem.dtype}"
+        if problem.dtype not in CODES:
+            return f"serves float16, bfloat16, float32, float64, got {problem.dtype}"
+        return _refused_head(op, problem)
     return _refused_convolution(op, problem)
+
+
+def _refused_head(op: str, problem: ConvProblem) -> str | None:
+    if op == "head" and problem.C > extension().MOST_FEATURES:
+        return f"has a head of up to {extension().MOST_FEATURES} features, got {problem.C}"
+    if op == "head_bwd" and problem.N * problem.H * problem.W >= 2**32:
+        return f"has the gradient of a head of fewer than 2^32 pixels, got {problem.N * problem.H * problem.W}"
+    return None
 
 
 def _refused_convolution(op: str, problem: ConvProblem) -> str | None:
@@ -112,7 +121,9 @@ def _refused_convolution(op: str, problem: ConvProblem) -> str | None:
     source = problem.prologue or problem.act != "identity" or (problem.p > 0 and problem.drop_at == "prologue")
     if problem.C % STEP and source:
         return f"needs C to be a multiple of {STEP} where BatchNorm, activation or dropout precede, got {problem.C}"
-    if op == "fprop":
+    if op == "fprop_fp8" and problem.C % STEP:
+        return f"needs C to be a multiple of {STEP} in e4m3, got {problem.C}"
+    if op in ("fprop", "fprop_fp8"):
         if problem.short_C % STEP:
             return f"needs a multiple of {STEP} channels in the shortcut, got {problem.short_C}"
         if problem.short_C and problem.short_stride > 2:
@@ -142,8 +153,16 @@ def wrong(op: str, problem: ConvProblem, tile: Tile, device: torch.device) -> st
 
 
 def _runner(op: str, tile: Tile) -> cuda_check.Run:
-    def run(small: ConvProblem, *tensors: Tensor | None) -> Tensor:
-        out = launch(op, small, tile, *tensors, *[None] * (_TENSORS[op] - len(tensors)))
+    def run(small: ConvProblem, *tensors: Any) -> Tensor:
+        # Of fp8 with scale 1 for the activations; what the filters' scale adds goes in the rounding of the output.
+        ranges = [
+            (
+                torch.full((1,), torch.finfo(torch.float8_e4m3fn).max, dtype=torch.float32, device=tensors[0].device),
+                None,
+            )
+        ]
+        given = [*tensors, *[None] * (_TENSORS[op] - len(tensors))]
+        out = launch(op, small, tile, *given, *(ranges if op == "fprop_fp8" else []))
         return out if op == "wgrad" else out[0]
 
     return run
@@ -170,7 +189,7 @@ def config(op: str, problem: ConvProblem, index: int | None) -> Tile:
 
 def legal(op: str, problem: ConvProblem, tile: Tile) -> bool:
     """Does the kernel of this tile serve the problem?"""
-    if op == "wgrad":
+    if op in ("wgrad", "fprop_fp8"):
         return tile == Tile(0)
     return extension().refuses(op, cuda_launch.shape_of(extension(), problem), CODES[problem.dtype], tile.kind) is None
 
@@ -210,9 +229,11 @@ def forget() -> None:
 
 
 def launch(op: str, problem: ConvProblem, tile: Tile | None, *tensors: Any) -> Any:
-    """Runs a convolution with the given tile (None: the chosen one)."""
+    """Runs a convolution with the given tile (None: the chosen one); `fprop_fp8` with the ranges after the tensors."""
     if op == "wgrad":
         return cuda_launch.wgrad(extension(), problem, *tensors)
+    if op == "fprop_fp8":
+        return cuda_launch.fprop(extension(), problem, Tile(), *tensors)
     device = tensors[0].device
     tile = tile or config(_KERNEL_OF.get(op, op), problem, device.index if device.type == "cuda" else None)
     return getattr(cuda_launch, op)(extension(), problem, tile, *tensors)
@@ -241,6 +262,17 @@ def fprop(
         "fprop", problem, None, x, w, stats, gamma, beta, bias, residual, x_short, w_short, stats_short, gamma_short,
         beta_short, rng, out_scale, out_shift,
     )  # fmt: skip
+
+
+def fprop_fp8(problem: ConvProblem, x: Tensor, w: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """fprop with operands in e4m3, by the ranges that calibration kept for its filters.
+
+    Raises:
+        WrnFastError: a filter has none.
+
+    Numerics: products of e4m3 summed as the tensor cores do, which keep fewer digits of a sum than float32 has.
+    """
+    return launch("fprop_fp8", problem, None, x, w, *rest, scales.needed(w, rest[6]))
 
 
 def dgrad(
@@ -299,3 +331,23 @@ def channel_stats(problem: ConvProblem, x: Tensor) -> Tensor:
 def dropout(problem: ConvProblem, x: Tensor, rng: Tensor) -> Tensor:
     """x * mask / (1 - p)."""
     return cuda_passes.dropout(extension(), problem, x, rng)
+
+
+def head(
+    problem: ConvProblem,
+    y: Tensor,
+    stats: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    w: Tensor,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(out [N,K], feat [N,C]): the mean of act(bn(y)) over the image, and the classes' values of it; one launch."""
+    return cuda_passes.head(extension(), problem, y, stats, gamma, beta, w, bias)
+
+
+def head_bwd(
+    problem: ConvProblem, dfeat: Tensor, y: Tensor, stats: Tensor | None, gamma: Tensor | None, beta: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(dy [N,C,H,W], sums_g [2,C]) from the feature's gradient: one pass over y, two with the batch's statistics."""
+    return cuda_passes.head_bwd(extension(), problem, dfeat, y, stats, gamma, beta)

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from wrn_fast import scales, tuned
-from wrn_fast.errors import WrnFastError
 from wrn_fast.kernels import configs
 from wrn_fast.precision import current
 from wrn_fast.problem import ConvProblem
@@ -30,7 +29,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _AMD = ("gfx942",)
 _PIXELS = 2**31 - 2**20  # pixel numbers of the last tile, too, are 32-bit
 _FP8 = (8, 9)  # compute capability from which e4m3 is multiplied; of AMD's GPUs the ones in `_AMD` do
-_WITHOUT_TILE = ("act_mask", "bn_bwd_apply", "channel_stats", "dropout")
+_WITHOUT_TILE = ("act_mask", "bn_bwd_apply", "channel_stats", "dropout", "head", "head_bwd")
+_FEATURE = 8192  # channels that one program of the head holds
 # What a tile is chosen and proved for, where an operator runs another one's kernel.
 _KERNEL_OF = {"input_grad": "dgrad"}
 
@@ -109,6 +109,8 @@ def unsupported(op: str, problem: ConvProblem) -> str | None:
         return f"serves up to {_PIXELS} pixels a call, got {pixels}"
     if problem.R * problem.S > 25:
         return f"serves filters of up to 25 taps, got {problem.R}x{problem.S}"
+    if op == "head" and problem.C > _FEATURE:
+        return f"serves a head of up to {_FEATURE} channels, got {problem.C}"
     if problem.device == "cuda":
         return _refused_gpu() or (_without_fp8() if op == "fprop_fp8" else None) or _failed_proof(op, problem)
     return None
@@ -174,11 +176,12 @@ def _launchers() -> dict[str, Callable]:
     from wrn_fast.kernels.dgrad import dgrad, input_grad
     from wrn_fast.kernels.dropout import dropout
     from wrn_fast.kernels.fprop import fprop
+    from wrn_fast.kernels.head import head, head_bwd
     from wrn_fast.kernels.masks import act_mask
     from wrn_fast.kernels.stats import channel_stats
     from wrn_fast.kernels.wgrad import wgrad
 
-    functions = (act_mask, bn_bwd_apply, channel_stats, dgrad, dropout, fprop, input_grad, wgrad)
+    functions = (act_mask, bn_bwd_apply, channel_stats, dgrad, dropout, fprop, head, head_bwd, input_grad, wgrad)
     return {f.__name__: f for f in functions} | {"fprop_fp8": fprop}
 
 
@@ -231,15 +234,7 @@ def fprop_fp8(problem: ConvProblem, x: Tensor, w: Tensor, *rest: Tensor | None) 
     """
     from wrn_fast.kernels.fp8 import Ranges, e4m3
 
-    found: dict[str, Tensor | None] = {}
-    for name, v in (("w", w), ("w_short", rest[6])):
-        found[name] = None if v is None else scales.of(v)
-        if v is not None and found[name] is None:
-            raise WrnFastError(
-                f"`{name}`: expected a filter whose input's range is known (wrn_fast.fp8.calibrate), got one of shape "
-                f"{list(v.shape)} without"
-            )
-    return launch("fprop_fp8", problem, None, x, w, *rest, Ranges(found["w"], found["w_short"], e4m3()))  # type: ignore[arg-type]
+    return launch("fprop_fp8", problem, None, x, w, *rest, Ranges(*scales.needed(w, rest[6]), e4m3()))
 
 
 def dgrad(
@@ -298,3 +293,23 @@ def channel_stats(problem: ConvProblem, x: Tensor) -> Tensor:
 def dropout(problem: ConvProblem, x: Tensor, rng: Tensor) -> Tensor:
     """x * mask / (1 - p)."""
     return launch("dropout", problem, None, x, rng)
+
+
+def head(
+    problem: ConvProblem,
+    y: Tensor,
+    stats: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    w: Tensor,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(out [N,K], feat [N,C]): the mean of act(bn(y)) over the image, and the classes' values of it, in one launch."""
+    return launch("head", problem, None, y, stats, gamma, beta, w, bias)
+
+
+def head_bwd(
+    problem: ConvProblem, dfeat: Tensor, y: Tensor, stats: Tensor | None, gamma: Tensor | None, beta: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(dy [N,C,H,W], sums_g [2,C]) from the feature's gradient; with batch statistics in two passes over y."""
+    return launch("head_bwd", problem, None, dfeat, y, stats, gamma, beta)

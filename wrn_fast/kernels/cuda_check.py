@@ -28,7 +28,7 @@ def reason(op: str, problem: ConvProblem, tile: tuple, library: str, device: tor
     """Why the kernel of `op` with this tile must not be used on `device`, or None.
 
     Args:
-        op: fprop, dgrad or wgrad.
+        op: fprop, fprop_fp8, dgrad or wgrad.
         problem: what is to be served; the check is made once for all problems with its dtype, filter and prologue.
         tile: what else distinguishes the kernel.
         library: the file of the extension.
@@ -48,9 +48,10 @@ def check(op: str, problem: ConvProblem, device: torch.device, run: Run) -> str 
     # The columns of the kernel that would serve, two chunks of the reduction of fprop.
     channels = -(-problem.C // 16) * 16
     columns = channels if op == "dgrad" else problem.K
-    small, tensors = selfcheck.integers(op, problem, TileConfig(channels, 64, (columns, 0), 8, 1))
-    want = selfcheck.exact(op, small, tensors)
-    names = {"fprop": ("x", "w"), "dgrad": ("dy", "x", "w"), "wgrad": ("dy", "x")}[op]
+    pass_ = op.removesuffix("_fp8")
+    small, tensors = selfcheck.integers(pass_, problem, TileConfig(channels, 64, (columns, 0), 8, 1))
+    want = selfcheck.exact(pass_, small, tensors)
+    names = {"fprop": ("x", "w"), "dgrad": ("dy", "x", "w"), "wgrad": ("dy", "x")}[pass_]
     given = [tensors[name] for name in (*names, "stats", "gamma", "beta")]
     try:
         got = run(small, *(None if v is None else v.to(device) for v in given)).cpu()

@@ -8,22 +8,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from wrn_fast import packing
 from wrn_fast.kernels.cuda_passes import (
     CODES,
     FLOAT32,
     absent,
-    affine,
     aligned,
     bn_act,
     new,
     ptr,
+    quantize,
     queue,
     rows_of,
     scratch,
     stats_of,
     vector,
 )  # fmt: skip
+from wrn_fast.kernels.cuda_weights import affine, packed, packed_e4m3, zeros
 from wrn_fast.problem import ACTS, ConvProblem
 
 STEP = 16  # channels of a tensor instruction
@@ -66,117 +66,97 @@ def shape_of(e: Any, problem: ConvProblem) -> Any:
     )  # fmt: skip
 
 
-def _pack(e: Any, problem: ConvProblem, w: Tensor, transpose: bool, stream: int) -> Tensor:
-    """The packed image of `w` for fprop, or for dgrad: kept from an earlier call, or made by this one."""
-    K, C, R, S = w.shape
-    sizes = {"K": K, "C": C, "R": R, "S": S}
-    packed = e.packed_bytes(**sizes, transpose=transpose)
-    samples = e.samples_bytes(w_dtype=CODES[w.dtype], **sizes)
-    k, c, r, s = w.stride()
-
-    def into(buffer: Tensor, everything: bool) -> Tensor:
-        e.pack(
-            w=w.data_ptr(), w_dtype=CODES[w.dtype], stride_k=k, stride_c=c, stride_r=r, stride_s=s, **sizes,
-            transpose=transpose, dtype=CODES[problem.dtype], packed=buffer.data_ptr(),
-            samples=buffer.data_ptr() + packed, all=everything, stream=stream,
-        )  # fmt: skip
-        return buffer
-
-    def make(w: Tensor) -> Tensor:
-        return into(scratch(w, packed + samples), True)
-
-    if w.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return make(w)
-    key = ("cuda", "dgrad" if transpose else "fprop", problem.dtype, stream)
-    kept = packing.lookup(w, key, _compared_on_the_device, make)
-    return make(w) if kept is None else into(kept, False)
-
-
-def _compared_on_the_device(w: Tensor) -> int:
-    """The host's share of a fingerprint: nothing, it would have to wait for the device."""
-    return 0
-
-
 class _Source(NamedTuple):
-    """What a convolution reads: x itself with the vectors of its prologue, or what a pass made of it."""
+    """What a convolution reads: x itself with the vectors of its prologue, or what a pass made of it.
+
+    `passed`: did this call queue a kernel for it?
+    """
 
     x: Tensor
     scale: Tensor | None = None
     shift: Tensor | None = None
     act: str = "identity"
+    passed: bool = False
 
 
 def _source(
     e: Any, apply: bool, x: Tensor, stats: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float,
-    act: str, slope: float, rng: Tensor | None, p: float, stream: int,
+    act: str, slope: float, rng: Tensor | None, p: float, stream: int, amax: Tensor | None = None,
 ) -> _Source:  # fmt: skip
+    if amax is not None:
+        return _Source(quantize(e, x, stats, gamma, beta, eps, act, slope, rng, p, amax, stream), passed=True)
     if stats is None and act == "identity" and p == 0:
         return _Source(aligned(_widened(x)))
     if apply or p > 0 or stats is None:
-        return _Source(bn_act(e, x, stats, gamma, beta, eps, act, slope, rng, p, stream))
-    scale, shift, _, _ = affine(e, x, stats, gamma, beta, eps, stream)
-    return _Source(aligned(x), scale, shift, act)
+        return _Source(bn_act(e, x, stats, gamma, beta, eps, act, slope, rng, p, stream), passed=True)
+    table = affine(e, x, stats, gamma, beta, eps, stream)
+    return _Source(aligned(x), table.tensor[0], table.tensor[1], act, not table.before)
 
 
-def splits_of(e: Any, problem: ConvProblem, dgrad: bool, index: int | None) -> int:
+class _Filters(NamedTuple):
+    """A packed filter, and in e4m3 what makes its sums numbers; `before` as in `cuda_weights.Made`."""
+
+    image: Tensor
+    before: bool
+    factor: Tensor | None = None
+
+
+def _filters(e: Any, problem: ConvProblem, w: Tensor, amax: Tensor | None, stream: int) -> _Filters:
+    if amax is None:
+        return _Filters(*packed(e, problem, w, False, stream))
+    image, factor = packed_e4m3(e, w, amax, stream)
+    return _Filters(image, False, factor)
+
+
+def splits_of(e: Any, problem: ConvProblem, dgrad: bool, index: int | None, e4m3: bool = False) -> int:
     """Pieces of the reduction with which a small call fills GPU `index` (None: no GPU, one piece)."""
     if index is None:
         return 1
-    return e.splits(shape_of(e, problem), 0 if dgrad else problem.short_C, dgrad, _multiprocessors(index))
+    return e.splits(shape_of(e, problem), 0 if dgrad else problem.short_C, dgrad, _multiprocessors(index), e4m3)
 
 
 def _pieces(
-    e: Any, problem: ConvProblem, tile: Tile, dgrad: bool, x: Tensor, followed: bool, stream: int
+    e: Any, problem: ConvProblem, tile: Tile, dgrad: bool, x: Tensor, early: bool, stream: int, e4m3: bool = False
 ) -> dict[str, Any]:
-    """The arguments of a call whose reduction is split; `followed`: did a pass come after the packing of filters?
-
-    Only then may the kernel fetch filters before the one in front of it has ended.
-    """
+    """How a call is launched. `early`: may it fetch filters before the kernel in front of it has ended?"""
     index = x.device.index if x.device.type == "cuda" else None
-    splits = 1 if tile.kind else splits_of(e, problem, dgrad, index)
+    splits = 1 if tile.kind else splits_of(e, problem, dgrad, index, e4m3)
     if splits == 1:
-        return {"splits": 1, "partials": 0, "counters": 0, "early": False}
+        return {"splits": 1, "partials": 0, "counters": 0, "early": early}
     shape = shape_of(e, problem)
     partials = scratch(x, e.partial_bytes(shape, dgrad, splits))
-    counters = _zeros(x, e.counters(shape, dgrad), stream)
-    return {"splits": splits, "partials": ptr(partials), "counters": ptr(counters), "early": followed}
-
-
-_counters: dict[tuple[int | None, int], Tensor] = {}
-
-
-def _zeros(x: Tensor, count: int, stream: int) -> Tensor:
-    """Counters that are 0 and that a call leaves at 0: one array a stream, but inside a capture the capture's own."""
-    if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return torch.zeros(count, dtype=torch.int32, device=x.device)
-    found = _counters.get((x.device.index, stream))
-    if found is None or found.numel() < count:
-        found = _counters[x.device.index, stream] = torch.zeros(max(count, 4096), dtype=torch.int32, device=x.device)
-    return found
+    counters = zeros(x, e.counters(shape, dgrad), stream)
+    return {"splits": splits, "partials": ptr(partials), "counters": ptr(counters), "early": early}
 
 
 def fprop(
     e: Any, problem: ConvProblem, tile: Tile, x: Tensor, w: Tensor, stats: Tensor | None, gamma: Tensor | None,
     beta: Tensor | None, bias: Tensor | None, residual: Tensor | None, x_short: Tensor | None, w_short: Tensor | None,
     stats_short: Tensor | None, gamma_short: Tensor | None, beta_short: Tensor | None, rng: Tensor | None,
-    out_scale: Tensor | None, out_shift: Tensor | None,
+    out_scale: Tensor | None, out_shift: Tensor | None, ranges: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(y, stats_y, y_act); an absent output has 0 elements."""
+    """(y, stats_y, y_act); an absent output has 0 elements. `ranges`, of both sources: operands in e4m3."""
     with queue("fprop", problem, x) as stream:
         p, shape = problem, shape_of(e, problem)
         dropping = {where: p.p if p.drop_at == where else 0.0 for where in ("prologue", "output", "output_act")}
-        packed = _pack(e, p, w, False, stream)
-        short = packed_short = None
+        filters = _filters(e, p, w, ranges[0], stream)
+        short = filters_short = None
         if x_short is not None:
             assert w_short is not None
-            packed_short = _pack(e, p, w_short, False, stream)
+            filters_short = _filters(e, p, w_short, ranges[1], stream)
             short = _source(
                 e, tile.apply, x_short, stats_short, gamma_short, beta_short, p.short_eps, p.short_act, p.slope, None,
-                0.0, stream,
+                0.0, stream, ranges[1],
             )  # fmt: skip
         source = _source(
-            e, tile.apply, x, stats, gamma, beta, p.eps, p.act, p.slope, rng, dropping["prologue"], stream
+            e, tile.apply, x, stats, gamma, beta, p.eps, p.act, p.slope, rng, dropping["prologue"], stream, ranges[0]
         )  # fmt: skip
+        packed_short, factor_short = (
+            (None, None) if filters_short is None else (filters_short.image, filters_short.factor)
+        )
+        # The kernel in front must not be one that packs: filters made before this call, or a pass after them.
+        early = filters.before if filters_short is None else filters.before and filters_short.before
+        early = early or source.passed
         size = p.N, p.K, p.P, p.Q
         y = new(x, *size) if p.want_y or p.want_stats else None
         y_act = new(x, *size) if p.act_out != "none" else None
@@ -189,7 +169,7 @@ def fprop(
         residual = aligned(residual)
         e.fprop(
             shape, dtype=CODES[p.dtype], tile=tile.kind, x=ptr(source.x), scale=ptr(source.scale),
-            shift=ptr(source.shift), act=ACTS.index(source.act), slope=p.slope, w=ptr(packed),
+            shift=ptr(source.shift), act=ACTS.index(source.act), slope=p.slope, w=ptr(filters.image),
             x_short=0 if short is None else ptr(short.x), short_H=0 if short is None else short.x.shape[2],
             short_W=0 if short is None else short.x.shape[3], short_C=p.short_C, short_stride=p.short_stride,
             short_scale=0 if short is None else ptr(short.scale),
@@ -198,7 +178,8 @@ def fprop(
             residual=ptr(residual), y=ptr(y), y_act=ptr(y_act),
             act_out=0 if p.act_out == "none" else ACTS.index(p.act_out), out_scale=ptr(out_scale),
             out_shift=ptr(out_shift), counts=ptr(counts), moments=ptr(moments),
-            **_pieces(e, p, tile, False, x, source.x is not x or source.scale is not None, stream), stream=stream,
+            **_pieces(e, p, tile, False, x, early, stream, filters.factor is not None), stream=stream,
+            factor=ptr(filters.factor), factor_short=ptr(factor_short),
         )  # fmt: skip
         if y is not None and dropping["output"] > 0:
             bn_act(e, y, None, None, None, 0.0, "identity", 0.0, rng, p.p, stream, into=y)
@@ -232,8 +213,8 @@ def dgrad(
         dy, x = aligned(dy), aligned(x)
         dropping = p.drop_at == "prologue" and p.p > 0
         bare = dropping or (stats is None and p.act == "identity")
-        packed = _pack(e, p, w, True, stream)
-        table: tuple[Tensor | None, ...] = (None,) * 4
+        filters = packed(e, p, w, True, stream)
+        table = None
         if stats is not None and not bare:
             table = affine(e, x, stats, gamma, beta, p.eps, stream)
         sums = torch.empty((2, p.C), dtype=torch.float32, device=x.device) if p.want_stats else None
@@ -241,12 +222,13 @@ def dgrad(
         if sums is not None and not bare:
             partial = torch.empty((e.parts(shape, True, tile.kind), 2, p.C), dtype=torch.float32, device=x.device)
         g = new(x, p.N, _padded(p.C), p.H, p.W)
-        scale, shift, mean, rstd = table
+        scale, shift, mean, rstd = (None,) * 4 if table is None else table.tensor
+        early = filters.before or (table is not None and not table.before)
         e.dgrad(
-            shape, dtype=CODES[p.dtype], tile=tile.kind, dy=ptr(dy), w=ptr(packed), x=0 if bare else ptr(x),
+            shape, dtype=CODES[p.dtype], tile=tile.kind, dy=ptr(dy), w=ptr(filters.tensor), x=0 if bare else ptr(x),
             scale=ptr(scale), shift=ptr(shift), act=0 if bare else ACTS.index(p.act), slope=p.slope, mean=ptr(mean),
             rstd=ptr(rstd), g=ptr(g), sums=ptr(partial),
-            **_pieces(e, p, tile, True, dy, scale is not None, stream), stream=stream,
+            **_pieces(e, p, tile, True, dy, early, stream), stream=stream,
         )  # fmt: skip
         if dropping:
             workspace = scratch(x, e.act_backward_workspace(**rows_of(x)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,15 +17,23 @@ CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3
 FLOAT32 = CODES[torch.float32]
 
 
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one."""
+    other = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device.index) if other else nullcontext()
+
+
+def current_stream(device: torch.device) -> int:
+    """The current stream of a device as a number."""
+    return torch.cuda.current_stream(device.index).cuda_stream if device.type == "cuda" else 0
+
+
 @contextmanager
 def queue(op: str, problem: ConvProblem, x: Tensor) -> Iterator[int]:
     """The current stream of x's device as a number, on that device; an error names operator and shapes."""
-    index = x.device.index if x.device.type == "cuda" else None
-    other = index is not None and index != torch.cuda.current_device()
-    with torch.cuda.device(index) if other else nullcontext():
-        stream = 0 if index is None else torch.cuda.current_stream(index).cuda_stream
+    with on_device(x.device):
         try:
-            yield stream
+            yield current_stream(x.device)
         except (RuntimeError, ValueError) as error:
             if type(error) not in (RuntimeError, ValueError):  # torch.OutOfMemoryError stays what it is
                 raise
@@ -67,19 +75,6 @@ def rows_of(x: Tensor) -> dict[str, int]:
     return {"dtype": CODES[x.dtype], "rows": n * h * w, "C": c}
 
 
-def affine(
-    e: Any, x: Tensor, stats: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, stream: int
-) -> tuple[Tensor, ...]:
-    """scale, shift, mean, rstd: float32 [C] each."""
-    table = torch.empty((4, x.shape[1]), dtype=torch.float32, device=x.device)
-    stats, gamma, beta = vector(stats), vector(gamma), vector(beta)  # type: ignore[assignment]
-    e.affine_table(
-        wide=FLOAT32, C=x.shape[1], stats=ptr(stats), gamma=ptr(gamma), beta=ptr(beta), eps=eps,
-        table=ptr(table), stream=stream,
-    )  # fmt: skip
-    return table.unbind()
-
-
 def bn_act(
     e: Any, x: Tensor, stats: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float, act: str,
     slope: float, rng: Tensor | None, p: float, stream: int, into: Tensor | None = None,
@@ -91,6 +86,21 @@ def bn_act(
     e.apply(
         **rows_of(x), x=ptr(x), stats=ptr(stats), gamma=ptr(gamma), beta=ptr(beta), eps=eps, act=ACTS.index(act),
         slope=slope, rng=ptr(rng) if p > 0 else 0, p=p, y=ptr(y), stream=stream,
+    )  # fmt: skip
+    return y
+
+
+def quantize(
+    e: Any, x: Tensor, stats: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float, act: str,
+    slope: float, rng: Tensor | None, p: float, amax: Tensor, stream: int,
+) -> Tensor:  # fmt: skip
+    """act(bn(x)) * mask / (1 - p) * 448 / amax in e4m3, x of 16 bits with a multiple of 16 channels."""
+    x = aligned(x)
+    stats, gamma, beta = (vector(v) for v in (stats, gamma, beta))
+    y = torch.empty_like(x, dtype=torch.float8_e4m3fn, memory_format=torch.channels_last)
+    e.quantize(
+        **rows_of(x), x=ptr(x), stats=ptr(stats), gamma=ptr(gamma), beta=ptr(beta), eps=eps, act=ACTS.index(act),
+        slope=slope, rng=ptr(rng) if p > 0 else 0, p=p, amax=ptr(amax), y=ptr(y), stream=stream,
     )  # fmt: skip
     return y
 
@@ -143,3 +153,42 @@ def dropout(e: Any, problem: ConvProblem, x: Tensor, rng: Tensor) -> Tensor:
     """x * mask / (1 - p)."""
     with queue("dropout", problem, x) as stream:
         return bn_act(e, x, None, None, None, 0.0, "identity", 0.0, rng, problem.p, stream)
+
+
+def head(
+    e: Any, problem: ConvProblem, y: Tensor, stats: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
+    w: Tensor, bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(out [N,K], feat [N,C])."""
+    with queue("head", problem, y) as stream:
+        p = problem
+        vectors = [vector(v, p.stats_dtype) for v in (stats, gamma, beta, bias)]
+        out, feat = (torch.empty(p.N, size, dtype=p.dtype, device=y.device) for size in (p.K, p.C))
+        e.head(
+            dtype=CODES[p.dtype], N=p.N, pixels=p.H * p.W, C=p.C, K=p.K, y=ptr(y), stats=ptr(vectors[0]),
+            gamma=ptr(vectors[1]), beta=ptr(vectors[2]), eps=p.eps, act=ACTS.index(p.act), slope=p.slope, w=ptr(w),
+            w_dtype=CODES[w.dtype], bias=ptr(vectors[3]), cosine=p.cosine, out=ptr(out), feat=ptr(feat), stream=stream,
+        )  # fmt: skip
+        return out, feat
+
+
+def head_bwd(
+    e: Any, problem: ConvProblem, dfeat: Tensor, y: Tensor, stats: Tensor | None, gamma: Tensor | None,
+    beta: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(dy [N,C,H,W], sums_g [2,C])."""
+    with queue("head_bwd", problem, y) as stream:
+        p = problem
+        sizes = {"dtype": CODES[p.dtype], "N": p.N, "pixels": p.H * p.W, "C": p.C}
+        vectors = [vector(v, p.stats_dtype) for v in (stats, gamma, beta)]
+        sums = workspace = None
+        if stats is not None and (p.batch_stats or p.want_stats):
+            sums = torch.empty((2, p.C), dtype=p.stats_dtype, device=y.device)
+            workspace = scratch(y, e.head_bwd_workspace(**sizes))
+        dy = torch.empty_like(y, memory_format=torch.channels_last)
+        e.head_bwd(
+            **sizes, dfeat=ptr(dfeat), y=ptr(y), stats=ptr(vectors[0]), gamma=ptr(vectors[1]), beta=ptr(vectors[2]),
+            eps=p.eps, act=ACTS.index(p.act), slope=p.slope, batch=p.batch_stats, dy=ptr(dy), sums=ptr(sums),
+            workspace=ptr(workspace), stream=stream,
+        )  # fmt: skip
+        return dy, sums if sums is not None and p.want_stats else absent(y, p.stats_dtype)

@@ -1,0 +1,181 @@
+"""CUDA graphs of the cuda backend, played on the CPU: a graph packs and folds nothing, and nothing in it goes stale."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from backends import tape
+from torch import nn
+
+import wrn_fast
+from wrn_fast import graphs
+from wrn_fast.block import run_chain
+
+SHAPE = (1, 16, 8, 8)
+
+
+class Net(nn.Module):
+    """The blocks of a WideResNet, a strided one with its shortcut among them."""
+
+    def __init__(self):
+        super().__init__()
+        model = wrn_fast.classic(10, 10, 1)
+        self.blocks = nn.ModuleList([*model.block1.layer, *model.block2.layer])
+
+    def forward(self, x):
+        return run_chain(list(self.blocks), x)
+
+
+def net(seed):
+    torch.manual_seed(seed)
+    model = Net().eval()
+    with torch.no_grad():
+        for m in model.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                for v in (m.weight, m.bias, m.running_mean, m.running_var):
+                    v.uniform_(0.5, 1.5)
+    return model
+
+
+def image():
+    return torch.randn(SHAPE).bfloat16().contiguous(memory_format=torch.channels_last)
+
+
+@pytest.fixture
+def tapes(recorder, monkeypatch):
+    made = []
+    monkeypatch.setattr(graphs, "_DEVICE", "cpu")
+    monkeypatch.setattr(graphs, "_capture", tape.capture(recorder, monkeypatch, made))
+    return made
+
+
+def check(fast, model):
+    """The replay is bit-equal to the model without a graph, as the model is now."""
+    x = image()
+    assert torch.equal(fast(x), copy.deepcopy(model)(x))
+
+
+@torch.no_grad()
+def test_a_graph_has_a_kernel_a_convolution_and_no_other(tapes, seed):
+    model = net(seed)
+    check(wrn_fast.graphed(model, image()), model)
+    assert set(tapes[0].names) == {"fprop"}
+
+
+@torch.no_grad()
+def test_without_the_cache_the_graph_makes_everything_itself(tapes, seed, monkeypatch):
+    monkeypatch.setenv("WRN_FAST_PACK_CACHE", "0")
+    model = net(seed)
+    fast = wrn_fast.graphed(model, image())
+    assert set(tapes[0].names) >= {"fprop", "pack", "affine_table", "stack"}
+    model.load_state_dict(net(seed + 1).state_dict())
+    check(fast, model)
+
+
+def every(model, kind):
+    """All tensors of that name, of modules of that class if the name has one."""
+    owner, _, name = kind.rpartition(".")
+    modules = [m for m in model.modules() if owner in ("", type(m).__name__)]
+    found = [getattr(m, name, None) for m in modules]
+    return [v for v in found if v is not None]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["Conv2d.weight", "running_mean", "running_var", "BatchNorm2d.weight", "bias"])
+@pytest.mark.parametrize("hidden", [False, True], ids=["counted", "hidden"])
+@pytest.mark.parametrize("backend", ["cuda", "aten"])
+def test_what_changes_in_place_is_followed(tapes, seed, name, hidden, backend):
+    """Each kind of tensor by itself; hidden: as a fused optimizer or a broadcast writes, past the version counter."""
+    model = net(seed)
+    with wrn_fast.backend(backend):
+        fast = wrn_fast.graphed(model, image())
+        before = fast(x := image())
+        for v in every(model, name):
+            versions = v._version
+            (v.data if hidden else v).mul_(1.5)
+            assert (v._version == versions) == hidden
+        assert not torch.equal(fast(x), before)
+        check(fast, model)
+
+
+@torch.no_grad()
+def test_a_checkpoint_is_followed(tapes, seed):
+    model = net(seed)
+    fast = wrn_fast.graphed(model, image())
+    model.load_state_dict(net(seed + 1).state_dict())
+    check(fast, model)
+    check(fast, model)
+
+
+@torch.no_grad()
+def test_refresh_finds_what_no_sample_shows(tapes, seed):
+    model = net(seed)
+    fast = wrn_fast.graphed(model, image())
+    fast(image())
+    w = model.blocks[0].conv1.weight
+    w.data[1, 1, 1, 1] += 8
+    wrn_fast.refresh(model)
+    check(fast, model)
+
+
+def replace(model):
+    model.blocks[0].conv2.weight = nn.Parameter(model.blocks[0].conv2.weight.detach().clone())
+
+
+def move(model):
+    w = model.blocks[0].conv2.weight
+    w.data = w.data.clone()
+
+
+def swap(model):
+    model.blocks[1] = copy.deepcopy(model.blocks[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change, word", [(replace, "weight has been"), (move, "weight lies"), (swap, "1 has been")])
+def test_what_the_graph_cannot_follow_raises(tapes, seed, change, word):
+    model = net(seed)
+    fast = wrn_fast.graphed(model, image())
+    fast(image())
+    change(model)
+    with pytest.raises(wrn_fast.WrnFastError, match=f"`model`.*{word}.*capture it again"):
+        fast(image())
+    check(wrn_fast.graphed(model, image()), model)
+
+
+@torch.no_grad()
+def test_statistics_of_the_batch_stay_in_the_graph(tapes, seed):
+    model = net(seed).train()
+    fast = wrn_fast.graphed(model, image())
+    assert {"pack", "affine_table", "merge_moments"} <= set(tapes[0].names)
+    check(fast, model)
+
+
+@torch.no_grad()
+def test_filters_may_be_fetched_before_the_kernel_in_front_has_ended(tapes, seed, recorder):
+    """Nothing in the graph writes them: every call says so, whatever its prologue."""
+    wrn_fast.graphed(net(seed), image())
+    calls = [kwargs for name, kwargs in recorder.calls if name == "fprop"]
+    assert all(kwargs["early"] for kwargs in calls[-5:])
+
+
+class Loose(nn.Module):
+    """A filter that is neither parameter nor buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.randn(16, 16, 3, 3)
+
+    def forward(self, x):
+        return wrn_fast.bn_act_conv(x, self.w, pad=(1, 1, 1, 1))[0]
+
+
+@torch.no_grad()
+def test_a_tensor_that_the_model_does_not_own_is_read_by_the_graph(tapes):
+    model = Loose().eval()
+    fast = wrn_fast.graphed(model, image())
+    assert "pack" in tapes[0].names
+    model.w.mul_(2)
+    check(fast, model)
