@@ -177,8 +177,8 @@ def _stages(config: TileConfig, itemsize: int, arch: Arch) -> TileConfig:
     return replace(config, stages=max(1, min(arch.stages, budget // one)))
 
 
-# Widths of a conv tile to try, widest first, for a problem that does not fill the GPU.
-_SHRINK = ((128, 320), (64, 160), (64, 64), (64, 32))
+# Widths of a conv tile to try, widest first, for a problem that does not fill the GPU: each is exact for 160, 320, 640.
+_SHRINK = ((128, 320), (64, 160), (64, 80), (64, 32))
 
 
 def heuristic(op: str, problem: ConvProblem, arch: Arch) -> TileConfig:
