@@ -84,7 +84,8 @@ def test_hopper_multiplies_exact_widths(route, width, columns):
 
 
 def test_boxes_are_loaded_by_the_tensor_memory_accelerator():
-    found = {name: row["tma"] for name, row in rows() if row["kernel"] == "conv_kernel" and "tma" in row}
+    loops = ("conv_kernel", "wgrad_kernel")
+    found = {name: row["tma"] for name, row in rows() if row["kernel"] in loops and "tma" in row}
     assert set(found) == {name for name, case in CASES.items() if case.box} and min(found.values()) >= 3
 
 
@@ -94,7 +95,8 @@ ISSUE = {
     "sm_90 bf16 n128 160 conv1": 0.70, "sm_90 bf16 n128 160 eval": 0.70, "sm_90 bf16 n128 160 dgrad": 0.72,
     "sm_90 bf16 n128 160 wgrad": 0.78, "sm_90 bf16 n128 320 conv1": 0.65, "sm_90 bf16 n128 320 eval": 0.30,
     "sm_90 bf16 n128 320 dgrad": 0.50, "sm_90 bf16 n128 320 wgrad": 0.82, "sm_90 bf16 n128 640 eval": 0.30,
-    "sm_90 bf16 n128 640 wgrad": 0.62,
+    "sm_90 bf16 n128 640 wgrad": 0.62, "sm_90 bf16 n128 160 wgrad box": 0.62,
+    "sm_90 bf16 n128 320 wgrad box": 0.62, "sm_90 bf16 n128 640 wgrad box": 0.62,
     "sm_80 bf16 n128 160 conv1": 0.50, "sm_80 bf16 n128 160 dgrad": 0.60, "sm_80 bf16 n128 160 wgrad": 0.60,
 }  # fmt: skip
 # Of every width from 128 on; narrower layers are bound by memory. A stride-2 dgrad has classes of one tap.
