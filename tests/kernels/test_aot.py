@@ -10,6 +10,8 @@ TABLE = json.loads(aot.TABLE.read_text(encoding="utf-8"))
 CASES = shipped.cases()
 # Of the instructions in a main loop: with the Triton that the table is of, and with another.
 SLACK, SLACK_OTHER = 1.05, 1.25
+# Triton 3.6 issues 0.792 a clock there where 3.9 does 0.573.
+SLACK_OTHER_TOO = {"sm_80 bf16 n128 96 down conv2": 1.4}
 # Bytes. The widest tile, 128 x 320, lets values of its epilogue go to memory, once a tile; a few others a register.
 MAY_SPILL = 416
 MAY_SPILL_TOO = {
@@ -140,4 +142,5 @@ def test_compiling_gives_the_written_numbers(compiler, name):
         assert now["tensor"].keys() == then["tensor"].keys(), (now, then)
         assert now["tensor"] == then["tensor"] or not same, (now, then)
         assert now.get("tma", 0) >= then.get("tma", 0) or not same, (now, then)
-        assert now.get("issue", 0.0) <= (SLACK if same else SLACK_OTHER) * then.get("issue", 0.0), (now, then)
+        slack = SLACK if same else SLACK_OTHER_TOO.get(name, SLACK_OTHER)
+        assert now.get("issue", 0.0) <= slack * then.get("issue", 0.0), (now, then)
