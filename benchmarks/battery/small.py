@@ -50,8 +50,8 @@ def special_tiles(place: torch.device) -> list[str | None]:
     """What is wrong with tiles that the rule does not choose: boxes, and e4m3. Nothing where the GPU has neither."""
     problem = problems(place.type)[-1][1]._replace(N=3, H=8, W=8, R=3, S=3, stride=1, pad=(1, 1, 1, 1), C=32, K=32)
     found = []
-    for op in ("fprop", "dgrad"):
-        tile = dataclasses.replace(triton.config(op, problem, place.index), rows=64, box=True)
+    for op in ("fprop", "dgrad", "wgrad"):
+        tile = dataclasses.replace(triton.config(op, problem, place.index), rows=64, red=32, box=True)
         if configs.legal(tile, op, problem, triton.arch(place.index)):
             found.append(triton.refused_tile(op, problem, tile, place))
     if triton.unsupported("fprop_fp8", problem) is None:

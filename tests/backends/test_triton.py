@@ -143,6 +143,18 @@ def test_columns_are_exact_on_hopper(width, cols):
     assert width % sum(cols) == 0
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("arch", [ARCHS[name] for name in ("sm_80", "sm_86", "sm_90", "gfx942")], ids=lambda a: a.name)
+def test_wide_networks_waste_no_column_at_any_batch(arch, dtype):
+    """Tiles shrink where a batch is too small to fill the GPU, by widths that divide these."""
+    for width, image in ((160, 32), (320, 16), (640, 8)):
+        for n in (*range(1, 33), 48, 64, 96, 128, 256, 512, 1024):
+            for op in ("fprop", "dgrad", "wgrad"):
+                problem = SOURCE._replace(C=width, K=width, N=n, H=image, W=image, dtype=dtype, w_dtype=dtype)
+                config = configs.heuristic(op, problem, arch)
+                assert width % config.width == 0, (op, width, n, config)
+
+
 def test_small_batches_get_smaller_tiles():
     big, small = (configs.heuristic("fprop", PLAIN._replace(N=n), ARCHS["sm_90"]) for n in (128, 1))
     assert (big.rows, big.width) == (128, 160)

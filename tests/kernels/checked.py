@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 
 from wrn_fast.kernels import fprop, selfcheck
-from wrn_fast.kernels.configs import ARCHS, heuristic
+from wrn_fast.kernels.configs import ARCHS, heuristic, legal
 from wrn_fast.problem import ConvProblem
 
 CPU = torch.device("cpu")
@@ -23,10 +23,12 @@ def tile(op: str, problem: ConvProblem):
     return dataclasses.replace(config, rows=64, red=16, cols=(32, 16))
 
 
-def check(op: str, dtype: torch.dtype, source: bool, stride: int) -> str | None:
+def check(op: str, dtype: torch.dtype, source: bool, stride: int, box: bool = False) -> str | None:
     parts = {"prologue": True, "affine": True, "act": "relu"} if source else {}
     problem = PLAIN._replace(dtype=dtype, w_dtype=dtype, stride=stride, **parts)
-    return selfcheck.check(op, problem, tile(op, problem), "ieee", CPU)
+    config = dataclasses.replace(tile(op, problem), red=32, box=True) if box else tile(op, problem)
+    assert legal(config, op, problem, ARCHS["interpreter"])
+    return selfcheck.check(op, problem, config, "ieee", CPU)
 
 
 @contextmanager

@@ -127,7 +127,7 @@ def cases() -> dict[str, Shipped]:
             for form in ("eval", "down conv2") if width == 160 else ("eval",):
                 found[f"{target} fp8 n128 {width} {form}"] = Shipped(*forms(width, fp8)[form], target, "fp8")
     for width in (160, 320, 640):
-        for form in ("conv1", "eval", "dgrad"):
+        for form in ("conv1", "eval", "dgrad", "wgrad"):
             name = f"sm_90 bf16 n128 {width} {form}"
             found[f"{name} box"] = found[name]._replace(box=True)
     return found

@@ -10,6 +10,8 @@ TABLE = json.loads(aot.TABLE.read_text(encoding="utf-8"))
 CASES = shipped.cases()
 # Of the instructions in a main loop: with the Triton that the table is of, and with another.
 SLACK, SLACK_OTHER = 1.05, 1.25
+# Triton 3.6 issues 0.792 a clock there where 3.9 does 0.573.
+SLACK_OTHER_TOO = {"sm_80 bf16 n128 96 down conv2": 1.4}
 # Bytes. The widest tile, 128 x 320, lets values of its epilogue go to memory, once a tile; a few others a register.
 MAY_SPILL = 416
 MAY_SPILL_TOO = {
@@ -84,7 +86,8 @@ def test_hopper_multiplies_exact_widths(route, width, columns):
 
 
 def test_boxes_are_loaded_by_the_tensor_memory_accelerator():
-    found = {name: row["tma"] for name, row in rows() if row["kernel"] == "conv_kernel" and "tma" in row}
+    loops = ("conv_kernel", "wgrad_kernel")
+    found = {name: row["tma"] for name, row in rows() if row["kernel"] in loops and "tma" in row}
     assert set(found) == {name for name, case in CASES.items() if case.box} and min(found.values()) >= 3
 
 
@@ -94,7 +97,8 @@ ISSUE = {
     "sm_90 bf16 n128 160 conv1": 0.70, "sm_90 bf16 n128 160 eval": 0.70, "sm_90 bf16 n128 160 dgrad": 0.72,
     "sm_90 bf16 n128 160 wgrad": 0.78, "sm_90 bf16 n128 320 conv1": 0.65, "sm_90 bf16 n128 320 eval": 0.30,
     "sm_90 bf16 n128 320 dgrad": 0.50, "sm_90 bf16 n128 320 wgrad": 0.82, "sm_90 bf16 n128 640 eval": 0.30,
-    "sm_90 bf16 n128 640 wgrad": 0.62,
+    "sm_90 bf16 n128 640 wgrad": 0.62, "sm_90 bf16 n128 160 wgrad box": 0.62,
+    "sm_90 bf16 n128 320 wgrad box": 0.62, "sm_90 bf16 n128 640 wgrad box": 0.62,
     "sm_80 bf16 n128 160 conv1": 0.50, "sm_80 bf16 n128 160 dgrad": 0.60, "sm_80 bf16 n128 160 wgrad": 0.60,
 }  # fmt: skip
 # Of every width from 128 on; narrower layers are bound by memory. A stride-2 dgrad has classes of one tap.
@@ -138,4 +142,5 @@ def test_compiling_gives_the_written_numbers(compiler, name):
         assert now["tensor"].keys() == then["tensor"].keys(), (now, then)
         assert now["tensor"] == then["tensor"] or not same, (now, then)
         assert now.get("tma", 0) >= then.get("tma", 0) or not same, (now, then)
-        assert now.get("issue", 0.0) <= (SLACK if same else SLACK_OTHER) * then.get("issue", 0.0), (now, then)
+        slack = SLACK if same else SLACK_OTHER_TOO.get(name, SLACK_OTHER)
+        assert now.get("issue", 0.0) <= slack * then.get("issue", 0.0), (now, then)

@@ -17,6 +17,11 @@ def test_strided_kernels_pass(interpreter, op):
     assert interpreter(checked.check, op, torch.float32, True, 2) is None
 
 
+@pytest.mark.parametrize("op", ["fprop", "dgrad", "wgrad"])
+def test_kernels_that_read_boxes_pass(interpreter, op):
+    assert interpreter(checked.check, op, torch.float16, op != "dgrad", 1, True) is None
+
+
 def test_a_wrong_second_accumulator_is_named(interpreter):
     sentence = interpreter(checked.wrong)
     assert "64x32+16" in sentence and "integers are wrong" in sentence

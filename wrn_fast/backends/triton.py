@@ -1,8 +1,11 @@
 """Adapter to the Triton kernels: any GPU from compute capability 8.0 on, ROCm's gfx942, and the interpreter for tests.
 
 float32 stays float32: `tf32x3` on NVIDIA, `bf16x6` on AMD, plain FMA under `precision("direct")`; TF32 itself only
-where both `torch.backends.cuda.matmul` and `torch.backends.cudnn` allow it. With TRITON_INTERPRET=1 in the environment
-the same code runs tensors of the CPU, in float64 too: slow, and exact enough to show a wrong index.
+where both `torch.backends.cuda.matmul` and `torch.backends.cudnn` allow it. An infinite operand, or one above 2^127, is
+NaN in the parts that it is split into, so where eager gives an infinity the split gives NaN.
+
+With TRITON_INTERPRET=1 in the environment the same code runs tensors of the CPU, in float64 too: slow, and exact enough
+to show a wrong index.
 """
 
 from __future__ import annotations

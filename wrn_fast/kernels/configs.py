@@ -120,18 +120,24 @@ def box_shape(rows: int, rows_h: int, rows_w: int) -> tuple[int, int, int] | Non
 def _no_box(config: TileConfig, op: str, problem: ConvProblem, arch: Arch) -> str | None:
     if arch.name not in ("sm_90", "interpreter"):
         return f"`box`: expected a GPU with tensor descriptors (sm_90), got {arch.name}"
-    if op == "wgrad" or (op == "fprop" and problem.stride != 1):
-        return f"`box`: expected fprop of stride 1 or dgrad, got {op} of stride {problem.stride}"
-    channels = reduction(op, problem)
-    if channels * problem.dtype.itemsize % _BOX_ALIGNMENT:
-        return f"`box`: expected channels in multiples of {_BOX_ALIGNMENT} bytes, got {channels} of {problem.dtype}"
-    grids = {(problem.P, problem.Q)} if op == "fprop" else {
+    if op != "dgrad" and problem.stride != 1:
+        return f"`box`: expected stride 1 or dgrad, got {op} of stride {problem.stride}"
+    # fprop takes x in boxes, dgrad dy, wgrad both; their pixels are the rows of a tile, in wgrad those of a step.
+    pixels, most = config.rows, config.red
+    if op == "wgrad":
+        pixels, most = config.red, max(config.rows, config.cols[0])
+    if most > _BOX_EXTENT:
+        return f"`box`: expected at most {_BOX_EXTENT} channels at once, got {most}"
+    for channels in {"fprop": (problem.C,), "dgrad": (problem.K,), "wgrad": (problem.C, problem.K)}[op]:
+        if channels * problem.dtype.itemsize % _BOX_ALIGNMENT:
+            return f"`box`: expected channels in multiples of {_BOX_ALIGNMENT} bytes, got {channels} of {problem.dtype}"
+    grids = {(problem.P, problem.Q)} if op != "dgrad" else {
         (-(-(problem.H - a) // problem.stride), -(-(problem.W - b) // problem.stride))
         for a in range(min(problem.stride, problem.H)) for b in range(min(problem.stride, problem.W))
     }  # fmt: skip
     for grid in grids:
-        if box_shape(config.rows, *grid) is None:
-            return f"`box`: expected an image whose sides are powers of two, no wider than the tile, got {grid}"
+        if box_shape(pixels, *grid) is None:
+            return f"`box`: expected an image whose sides are powers of two, no wider than {pixels} pixels, got {grid}"
     return None
 
 
@@ -177,8 +183,8 @@ def _stages(config: TileConfig, itemsize: int, arch: Arch) -> TileConfig:
     return replace(config, stages=max(1, min(arch.stages, budget // one)))
 
 
-# Widths of a conv tile to try, widest first, for a problem that does not fill the GPU.
-_SHRINK = ((128, 320), (64, 160), (64, 64), (64, 32))
+# Widths of a conv tile to try, widest first, for a problem that does not fill the GPU: each is exact for 160, 320, 640.
+_SHRINK = ((128, 320), (64, 160), (64, 80), (64, 32))
 
 
 def heuristic(op: str, problem: ConvProblem, arch: Arch) -> TileConfig:

@@ -14,9 +14,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from wrn_fast.kernels.bound import Bound
-from wrn_fast.kernels.configs import TileConfig
+from wrn_fast.kernels.configs import TileConfig, box_shape
 from wrn_fast.kernels.dropout import apply
 from wrn_fast.kernels.stats import affine, centered
 from wrn_fast.kernels.tile import ACTS, dot, prologue, round_to, wide
@@ -46,18 +47,32 @@ class WgradSpec:
     source: bool
     bn: bool
     act: int
+    box: tuple[int, int, int] = (0, 0, 0)  # images, rows, columns that a step reads at once; 0: by pointers
+
+
+@triton.jit
+def _load_gradient(dy, offsets, rows, k, K: tl.constexpr, EVEN: tl.constexpr):
+    if EVEN:
+        mask = rows[:, None] & (k >= 0)[None, :]
+    else:
+        mask = rows[:, None] & (k < K)[None, :]
+    return tl.load(dy + offsets, mask=mask, other=0.0)
 
 
 @Bound
 @triton.jit(do_not_specialize=["pixels", "split_steps"])
-def _wgrad_kernel(x, dy, slab, affine, pixels, split_steps, spec: tl.constexpr, BLOCK_C: tl.constexpr,
+def _wgrad_kernel(x, dy, dy1, slab, affine, pixels, split_steps, spec: tl.constexpr, BLOCK_C: tl.constexpr,
                   BLOCK_PIXELS: tl.constexpr, COLS0: tl.constexpr, COLS1: tl.constexpr, PREC: tl.constexpr,
                   WIDE: tl.constexpr):  # fmt: skip
-    """slab[split, r, s, c, k]. Program 0: taps x C blocks x K blocks; program 1: splits."""
+    """slab[split, r, s, c, k]. Program 0: taps x C blocks x K blocks; program 1: splits.
+
+    By boxes x, dy and dy1 are descriptors, dy1 that of dy for COLS1; what lies outside the tensors comes as 0.
+    """
     C: tl.constexpr = spec.C
     K: tl.constexpr = spec.K
     TAPS: tl.constexpr = spec.R * spec.S
     IMAGE: tl.constexpr = spec.P * spec.Q
+    BOX: tl.constexpr = spec.box[0] > 0
     EVEN_C: tl.constexpr = C % BLOCK_C == 0
     EVEN_K: tl.constexpr = K % (COLS0 + COLS1) == 0
     k_tiles: tl.constexpr = (K + COLS0 + COLS1 - 1) // (COLS0 + COLS1)
@@ -73,7 +88,8 @@ def _wgrad_kernel(x, dy, slab, affine, pixels, split_steps, spec: tl.constexpr, 
     if COLS1 > 0:
         k1 = col + COLS0 + tl.arange(0, COLS1)
         acc1 = tl.zeros((BLOCK_C, COLS1), WIDE)
-    p = split * (split_steps * BLOCK_PIXELS) + tl.arange(0, BLOCK_PIXELS)
+    start = split * (split_steps * BLOCK_PIXELS)
+    p = start + tl.arange(0, BLOCK_PIXELS)
     q = p
     if spec.index64:
         q = p.to(tl.int64)
@@ -82,10 +98,12 @@ def _wgrad_kernel(x, dy, slab, affine, pixels, split_steps, spec: tl.constexpr, 
         j = p % spec.Q * spec.stride + s
         column = (j >= 0) & (j < spec.W)
         i = p // spec.Q % spec.P * spec.stride + r
+    if spec.linear and not BOX:
         a_offset = ((row * spec.stride + r) * spec.W + j)[:, None] * C + c[None, :]
-    d0_offset = q[:, None] * K + k0[None, :]
-    if COLS1 > 0:
-        d1_offset = q[:, None] * K + k1[None, :]
+    if not BOX:
+        d0_offset = q[:, None] * K + k0[None, :]
+        if COLS1 > 0:
+            d1_offset = q[:, None] * K + k1[None, :]
     for _ in tl.range(0, split_steps):
         rows = p < pixels
         if spec.linear:
@@ -95,34 +113,42 @@ def _wgrad_kernel(x, dy, slab, affine, pixels, split_steps, spec: tl.constexpr, 
             h = (p % IMAGE) // spec.Q * spec.stride + r
             v = p % spec.Q * spec.stride + s
             inside = rows & (h >= 0) & (h < spec.H) & (v >= 0) & (v < spec.W)
-            if spec.index64:
-                n = n.to(tl.int64)
-            a_offset = ((n * spec.H + h) * spec.W + v)[:, None] * C + c[None, :]
-        if EVEN_C:
-            am = inside[:, None] & (c >= 0)[None, :]
+        if BOX:
+            a = x.load([start // IMAGE, start % IMAGE // spec.Q + r, s, (block // k_tiles) * BLOCK_C])
+            a = tl.reshape(a, (BLOCK_PIXELS, BLOCK_C))
         else:
-            am = inside[:, None] & (c < C)[None, :]
-        a = tl.load(x + a_offset, mask=am, other=0.0)
+            if not spec.linear:
+                if spec.index64:
+                    n = n.to(tl.int64)
+                a_offset = ((n * spec.H + h) * spec.W + v)[:, None] * C + c[None, :]
+            if EVEN_C:
+                am = inside[:, None] & (c >= 0)[None, :]
+            else:
+                am = inside[:, None] & (c < C)[None, :]
+            a = tl.load(x + a_offset, mask=am, other=0.0)
         if spec.source:
             a = prologue(a, inside, c, affine, C, spec.bn, spec.center, spec.act, spec.slope, EVEN_C, True, spec.select,
                          a.dtype, WIDE)  # fmt: skip
         a = tl.trans(a)
-        if EVEN_K:
-            d0 = tl.load(dy + d0_offset, mask=rows[:, None] & (k0 >= 0)[None, :], other=0.0)
+        if BOX:
+            d0 = dy.load([start, col])
         else:
-            d0 = tl.load(dy + d0_offset, mask=rows[:, None] & (k0 < K)[None, :], other=0.0)
+            d0 = _load_gradient(dy, d0_offset, rows, k0, K, EVEN_K)
         acc0 = dot(a, d0, acc0, PREC, WIDE)
         if COLS1 > 0:
-            if EVEN_K:
-                d1 = tl.load(dy + d1_offset, mask=rows[:, None] & (k1 >= 0)[None, :], other=0.0)
+            if BOX:
+                d1 = dy1.load([start, col + COLS0])
             else:
-                d1 = tl.load(dy + d1_offset, mask=rows[:, None] & (k1 < K)[None, :], other=0.0)
+                d1 = _load_gradient(dy, d1_offset, rows, k1, K, EVEN_K)
             acc1 = dot(a, d1, acc1, PREC, WIDE)
         if spec.linear:
-            x += BLOCK_PIXELS // spec.Q * spec.stride * spec.W * C
+            if not BOX:
+                x += BLOCK_PIXELS // spec.Q * spec.stride * spec.W * C
             i = (i - r + BLOCK_PIXELS // spec.Q * spec.stride) % (spec.P * spec.stride) + r
-        dy += BLOCK_PIXELS * K
+        if not BOX:
+            dy += BLOCK_PIXELS * K
         p += BLOCK_PIXELS
+        start += BLOCK_PIXELS
     o = slab + (split.to(tl.int64) * TAPS + tap) * (C * K)
     tl.store(o + c[:, None] * K + k0[None, :], acc0, mask=(c < C)[:, None] & (k0 < K)[None, :])
     if COLS1 > 0:
@@ -156,6 +182,7 @@ def wgrad_spec(problem: ConvProblem, config: TileConfig) -> WgradSpec:
     left, right, top, bottom = problem.pad
     separate = config.apply or (problem.drop_at == "prologue" and problem.p > 0)
     source = not separate and (problem.prologue or problem.act != "identity")
+    box = box_shape(config.red, problem.P, problem.Q) if config.box else None
     return WgradSpec(
         C=problem.C,
         K=problem.K,
@@ -177,6 +204,7 @@ def wgrad_spec(problem: ConvProblem, config: TileConfig) -> WgradSpec:
         source=source,
         bn=source and problem.prologue,
         act=ACTS[problem.act],
+        box=box or (0, 0, 0),
     )
 
 
@@ -203,11 +231,17 @@ def wgrad(
     if not spec.source and (problem.prologue or problem.act != "identity" or problem.drop_at == "prologue"):
         mask = rng if problem.drop_at == "prologue" and problem.p > 0 else None
         source = apply(x, table, mask, problem.act, problem.slope, problem.p)
+    operands = source, dy, None
+    if spec.box[0]:
+        h, w, c, k = problem.H, problem.W, problem.C, problem.K
+        x_boxes = TensorDescriptor(source, [problem.N, h, w, c], [h * w * c, w * c, c, 1], [*spec.box, config.rows])
+        dy_boxes = [TensorDescriptor(dy, [pixels, k], [k, 1], [config.red, n]) if n else None for n in config.cols]
+        operands = x_boxes, *dy_boxes
     slab = torch.empty((splits, taps, problem.C, problem.K), dtype=problem.stats_dtype, device=x.device)
     c_tiles, k_tiles = -(-problem.C // config.rows), -(-problem.K // config.width)
     _wgrad_kernel(
         (taps * c_tiles * k_tiles, splits, 1),
-        (source, dy, slab, table if spec.bn else None),
+        (*operands, slab, table if spec.bn else None),
         (pixels, split_steps),
         (spec, config.rows, config.red, *config.cols, precision, wide(x.dtype)),
         config.warps,
