@@ -75,7 +75,7 @@ PATCHES: dict[int, Patch | Absent] = {
     35: Patch(APPLY, " - xhat * mean_gx[None, :]", "", RANDOM),
     36: Patch(DGRAD, "contiguous(w.permute(1, 2, 3, 0), dy.dtype) if",
               "contiguous(w.flip(2, 3).permute(1, 2, 3, 0), dy.dtype) if", RANDOM),
-    37: Patch(WGRAD, "        source=source,\n", "        source=False,\n", RANDOM),
+    37: Patch(WGRAD, "        if spec.source:\n", "        if False:\n", RANDOM),
     38: Patch(DGRAD, "sums = add(partial)", "sums = add(partial[: max(1, len(partial) - 1)])", RANDOM),
     39: Patch(EPILOGUE, DROPPED, DROPPED.replace("keep, keep_low", "1.0, 0.0"), RANDOM),
     40: Patch(DGRAD, "rng=rng if spec.drops else None,", "rng=rng + 1 if spec.drops else None,", MASKS),
