@@ -20,6 +20,8 @@ from faults.patch import Patch
 
 COPIED = ("wrn_fast", "tests", "csrc", "faults", "benchmarks")
 FILES = ("pyproject.toml", "setup.py", "README.md")
+# What tests/backends/cuda_on_cpu.py has compiled, by its hash.
+BUILT = Path("build", "cuda_on_cpu")
 # A patch that does not run proves nothing about the tests.
 BROKEN = re.compile(r"- (Syntax|Indentation|Name|UnboundLocal|Import|ModuleNotFound|Attribute)Error\b")
 LIMIT_SECONDS = 400
@@ -55,6 +57,8 @@ class Copy:
             shutil.copytree(native.ROOT / name, self.root / name, ignore=ignore)
         for name in FILES:
             shutil.copy(native.ROOT / name, self.root / name)
+        if (native.ROOT / BUILT).is_dir():
+            shutil.copytree(native.ROOT / BUILT, self.root / BUILT, ignore=shutil.ignore_patterns("*.part"))
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "WRN_FAST_"))}
         # pytest cuts its summary, and with it the kind of an error, to the width of a terminal.
         environment["COLUMNS"] = "400"

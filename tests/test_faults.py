@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from faults import native, plant
-from faults.catalogue import GROUPS, NAMES, SHARED, cells, entry
+from faults.catalogue import BACKENDS, GROUPS, NAMES, SHARED, cells, entry
 from faults.patch import NO_CODE, Absent, Stale
 
 CELLS = list(cells())
@@ -74,10 +74,10 @@ def test_the_catalogue_is_whole():
     assert list(NAMES) == list(range(1, 49)) == [fault for numbers in GROUPS.values() for fault in numbers]
     planted = {cell.fault for cell in CELLS}
     for fault in NAMES:
-        for backend in ("aten", "cpu", "triton"):
+        for backend in BACKENDS:
             found = entry(fault, backend)
             assert not isinstance(found, Absent) or found.reason
             assert fault in planted or (isinstance(found, Absent) and fault == 47)
-    assert {cell.backend for cell in CELLS} == {SHARED, "aten", "cpu", "triton"}
+    assert {cell.backend for cell in CELLS} == {SHARED, *BACKENDS}
     absent = [f for f in NAMES if isinstance(found := entry(f, "cpu"), Absent) and found.state == NO_CODE]
     assert absent == [47]
