@@ -12,7 +12,7 @@ from rich.table import Table
 
 from faults import native, table
 from faults.catalogue import BACKENDS, NAMES, SHARED, Cell, cells
-from faults.plant import Copy, Outcome
+from faults.plant import SKIPPED, Copy, Outcome
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         outcomes.append(outcome)
         line = f"{outcome.state:12} {outcome.seconds:5.1f} s  {outcome.cell}: {outcome.by}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-        if options.write:
+        if options.write and outcome.state != SKIPPED:
             table.write(outcome)
     console.print(summary(outcomes))
     if options.write:

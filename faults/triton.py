@@ -81,12 +81,13 @@ PATCHES: dict[int, Patch | Absent] = {
     40: Patch(DGRAD, "rng=rng if spec.drops else None,", "rng=rng + 1 if spec.drops else None,", MASKS),
     42: Patch(TILE, "propagate_nan=tl.PropagateNan.ALL", "propagate_nan=tl.PropagateNan.NONE",
               Check(VALUES, "nan_and_infinity and relu and float32")),
-    43: Absent(BATTERY, "the interpreter keeps them; tests/backends on a GPU runs test_denormals_are_kept"),
-    44: Absent(BATTERY, "the interpreter runs programs in order; on a GPU two runs have to be bit-equal"),
+    43: Absent(BATTERY, "the interpreter keeps them; step special values of stage parity runs test_denormals_are_kept"),
+    44: Absent(BATTERY, "the interpreter runs programs in order; step special values of stage parity compares runs"),
     45: Patch(EPILOGUE, STORE_Y, STORE_Y.replace("mask=valid", "mask=rows[:, None] & (k <= COLS)[None, :]"),
               Check(VALUES, "past_the_end")),
     46: Patch(EPILOGUE, RESIDUAL, RESIDUAL + "\n        tl.store(residual + base + index, "
               "round_to(v, residual.dtype.element_ty), mask=valid)", Check(VALUES, "inputs_stay")),
-    47: Absent(BATTERY, "one device and no streams here; on a GPU a side stream, and both devices of two"),
+    47: Patch("wrn_fast/kernels/bound.py", "key = (triton.runtime.driver.active.get_current_device(), warps",
+              "key = (0, warps", Check("tests/kernels/test_bound.py", "another_gpu")),
     48: Absent(NO_CODE, "the compiler places the barriers"),
 }  # fmt: skip
