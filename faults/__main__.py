@@ -12,7 +12,7 @@ from rich.table import Table
 
 from faults import native, table
 from faults.catalogue import BACKENDS, NAMES, SHARED, Cell, cells
-from faults.plant import SKIPPED, Copy, Outcome
+from faults.plant import CAUGHT, SKIPPED, Copy, Outcome
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,7 +67,7 @@ def summary(outcomes: list[Outcome]) -> Table:
     for backend in dict.fromkeys(outcome.cell.backend for outcome in outcomes):
         of = [outcome for outcome in outcomes if outcome.cell.backend == backend]
         left = ", ".join(str(outcome.cell.fault) for outcome in of if not outcome.ok)
-        found.add_row(backend, str(len(of)), str(sum(outcome.ok for outcome in of)), left or "-")
+        found.add_row(backend, str(len(of)), str(sum(outcome.state == CAUGHT for outcome in of)), left or "-")
     return found
 
 

@@ -123,7 +123,7 @@ class Copy:
     def pytest(self, backend: str, seed: int, *arguments: str) -> tuple[int, str]:
         """pytest in the copy, on the code of the copy, until the first failure: its status and what it said."""
         log = self.root / "pytest.log"
-        options = ["-q", "-x", "-rfs", "--tb=line", "-p", "no:cacheprovider", "--seed", str(seed), "--all-cases"]
+        options = ["-q", "-x", "--tb=line", "-p", "no:cacheprovider", "--seed", str(seed), "--all-cases"]
         request = {
             "arguments": [*options, *arguments],
             "environment": {"WRN_FAST_ISA": "portable"} if backend == "cpu" else {},
