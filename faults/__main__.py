@@ -12,7 +12,7 @@ from rich.table import Table
 
 from faults import native, table
 from faults.catalogue import BACKENDS, NAMES, SHARED, Cell, cells
-from faults.plant import Copy, Outcome
+from faults.plant import CAUGHT, SKIPPED, Copy, Outcome
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         outcomes.append(outcome)
         line = f"{outcome.state:12} {outcome.seconds:5.1f} s  {outcome.cell}: {outcome.by}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-        if options.write:
+        if options.write and outcome.state != SKIPPED:
             table.write(outcome)
     console.print(summary(outcomes))
     if options.write:
@@ -67,7 +67,7 @@ def summary(outcomes: list[Outcome]) -> Table:
     for backend in dict.fromkeys(outcome.cell.backend for outcome in outcomes):
         of = [outcome for outcome in outcomes if outcome.cell.backend == backend]
         left = ", ".join(str(outcome.cell.fault) for outcome in of if not outcome.ok)
-        found.add_row(backend, str(len(of)), str(sum(outcome.ok for outcome in of)), left or "-")
+        found.add_row(backend, str(len(of)), str(sum(outcome.state == CAUGHT for outcome in of)), left or "-")
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from faults import aten, cpu, shared, triton
+from faults import aten, cpu, cuda, shared, triton
 from faults.patch import Absent, Patch
 
 GROUPS = {
@@ -66,9 +66,9 @@ NAMES = {
     48: "a barrier is missing",
 }
 SHARED = "shared"
-BACKENDS = ("aten", "cpu", "triton")
+BACKENDS = ("aten", "cpu", "triton", "cuda")
 _PATCHES: Mapping[str, Mapping[int, Patch | Absent]] = {
-    "aten": aten.PATCHES, "cpu": cpu.PATCHES, "triton": triton.PATCHES, SHARED: shared.PATCHES
+    "aten": aten.PATCHES, "cpu": cpu.PATCHES, "triton": triton.PATCHES, "cuda": cuda.PATCHES, SHARED: shared.PATCHES
 }  # fmt: skip
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 NO_CODE = "no such code"
-AHEAD_OF_TIME = "AOT"
 BATTERY = "GPU battery"
 
 
@@ -50,5 +49,5 @@ class Patch(NamedTuple):
 class Absent(NamedTuple):
     """Why a backend has no such fault to plant on a machine without a GPU."""
 
-    state: str  # NO_CODE, AHEAD_OF_TIME or BATTERY
+    state: str  # NO_CODE or BATTERY
     reason: str

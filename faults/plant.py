@@ -20,6 +20,8 @@ from faults.patch import Patch
 
 COPIED = ("wrn_fast", "tests", "csrc", "faults", "benchmarks")
 FILES = ("pyproject.toml", "setup.py", "README.md")
+# What tests/backends/cuda_on_cpu.py has compiled, by its hash.
+BUILT = Path("build", "cuda_on_cpu")
 # A patch that does not run proves nothing about the tests.
 BROKEN = re.compile(r"- (Syntax|Indentation|Name|UnboundLocal|Import|ModuleNotFound|Attribute)Error\b")
 LIMIT_SECONDS = 400
@@ -27,6 +29,7 @@ LIMIT_SECONDS = 400
 CAUGHT = "caught"
 SURVIVED = "survived"
 BROKEN_PATCH = "broken patch"
+SKIPPED = "skipped"
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,8 @@ class Outcome:
 
     @property
     def ok(self) -> bool:
-        """Did a test notice?"""
-        return self.state == CAUGHT
+        """Did a test notice, or can none of them run on this machine?"""
+        return self.state in (CAUGHT, SKIPPED)
 
 
 class Copy:
@@ -55,6 +58,8 @@ class Copy:
             shutil.copytree(native.ROOT / name, self.root / name, ignore=ignore)
         for name in FILES:
             shutil.copy(native.ROOT / name, self.root / name)
+        if (native.ROOT / BUILT).is_dir():
+            shutil.copytree(native.ROOT / BUILT, self.root / BUILT, ignore=shutil.ignore_patterns("*.part"))
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "WRN_FAST_"))}
         # pytest cuts its summary, and with it the kind of an error, to the width of a terminal.
         environment["COLUMNS"] = "400"
@@ -108,6 +113,9 @@ class Copy:
             return CAUGHT, failed[1].split(" - ")[0]
         if status < 0:
             return CAUGHT, f"a crash in {patch.check.file}"
+        skipped = re.search(r"^SKIPPED \[\d+\] \S+: (.*)$", said, re.MULTILINE)
+        if status == 0 and skipped and not re.search(r"\d passed", said):
+            return SKIPPED, skipped[1]
         if status == 0:
             return SURVIVED, f"{patch.check.file} -k '{patch.check.select}'"
         return BROKEN_PATCH, said[-2000:]

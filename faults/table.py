@@ -16,6 +16,8 @@ from faults.patch import Absent
 from faults.plant import Outcome
 
 DATA, PAGE = ROOT / "docs" / "faults.json", ROOT / "docs" / "faults.md"
+# They look at what is compiled for a GPU; all others run code.
+AHEAD_OF_TIME = ("tests/backends/test_cuda_code.py", "tests/kernels/test_bound.py")
 HEAD = """# Planted faults
 
 A test suite is worth what it notices. These are {total} faults that convolution and BatchNorm kernels really have had,
@@ -25,9 +27,10 @@ seed that its header prints.
 
 {summary}
 
-A fault in code that all backends share is planted once, in column "all". A cell without a test says why:
-*no such code* means that the backend cannot have this fault; *AOT* that the ahead-of-time table of compiled kernels
-shows it; *GPU battery* that only a GPU can (`python -m benchmarks.gpu_battery`).
+A fault in code that all backends share is planted once, in column "all". No GPU is needed: Triton's kernels run in its
+interpreter, those of CUDA on the CPU over a model of the hardware that checks every access. *Caught ahead of time* is
+what shows in the code that is compiled for a GPU. A cell without a test says why: *no such code* means that the backend
+cannot have this fault; *GPU battery* that only a GPU can show it (`python -m benchmarks.gpu_battery`).
 """
 
 
@@ -57,8 +60,9 @@ def text_of(found: dict[str, Any], fault: int, backend: str) -> str:
     where = SHARED if backend == "all" else backend
     result = found.get(f"{fault} {where}")
     if result is not None:
-        name = result["by"].split("::")[-1].replace("|", "\\|")
-        return f"{result['state']}: `{name}`" if "::" in result["by"] else f"{result['state']}: {result['by']}"
+        file, *name = result["by"].split("::")
+        state = f"{result['state']} ahead of time" if file in AHEAD_OF_TIME else result["state"]
+        return f"{state}: " + ("`" + name[-1].replace("|", "\\|") + "`" if name else file)
     if backend == "all":
         return "not run yet" if fault in shared.PATCHES else ""
     if fault in shared.PATCHES:
@@ -67,8 +71,8 @@ def text_of(found: dict[str, Any], fault: int, backend: str) -> str:
     return f"{planted.state}: {planted.reason}" if isinstance(planted, Absent) else "not run yet"
 
 
-def render() -> None:
-    """Writes docs/faults.md from docs/faults.json."""
+def page() -> str:
+    """docs/faults.md as docs/faults.json has it."""
     data = load()
     found = data["cells"]
     lines = []
@@ -79,12 +83,17 @@ def render() -> None:
         note = f", {absent} without such a fault here" if absent else ""
         lines.append(f"| {backend} | {len(of)} | {sum(v['state'] == 'caught' for v in of)} |{note.lstrip(',')} |")
     summary = "| backend | planted | caught | |\n| --- | --- | --- | --- |\n" + "\n".join(lines)
-    page = [HEAD.format(total=len(NAMES), summary=summary)]
+    text = [HEAD.format(total=len(NAMES), summary=summary)]
     for group, numbers in GROUPS.items():
-        page.append(f"## {group}\n\n| | fault | all | {' | '.join(BACKENDS)} |\n|{' --- |' * (3 + len(BACKENDS))}")
+        text.append(f"## {group}\n\n| | fault | all | {' | '.join(BACKENDS)} |\n|{' --- |' * (3 + len(BACKENDS))}")
         for fault in numbers:
             cells = " | ".join(text_of(found, fault, backend) for backend in ("all", *BACKENDS))
-            page.append(f"| {fault} | {NAMES[fault]} | {cells} |")
-        page[-1] += "\n"
-    page.append(f"Python {data.get('python')}, torch {data.get('torch')}, commit {data.get('commit')}.")
-    PAGE.write_text("\n".join(page) + "\n", encoding="utf-8")
+            text.append(f"| {fault} | {NAMES[fault]} | {cells} |")
+        text[-1] += "\n"
+    text.append(f"Python {data.get('python')}, torch {data.get('torch')}, commit {data.get('commit')}.")
+    return "\n".join(text) + "\n"
+
+
+def render() -> None:
+    """Writes it."""
+    PAGE.write_text(page(), encoding="utf-8")

@@ -17,7 +17,7 @@ def pytest_addoption(parser):
     group.addoption("--seed", type=int, default=None, help="replay the seed that an earlier run printed")
     group.addoption("--all-cases", action="store_true", help="every case of the tests marked rotate(count)")
     group.addoption("--fuzz-scale", type=float, default=1.0, help="so many times the fuzzed cases of a usual run")
-    group.addoption("--soak", type=float, default=15.0, help="seconds of test_soak.py")
+    group.addoption("--soak", type=float, default=60.0, help="seconds of test_soak.py")
 
 
 def pytest_configure(config):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
+import hypothesis
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -128,24 +129,29 @@ def fake(call):
         return ops.fprop(*FpropArgs(**call))
 
 
-@pytest.mark.parametrize("entry", [raw, door])
-def test_one_bad_argument_of_a_thousand_kinds(entry):
-    seen = set()
+@pytest.mark.parametrize("entry", [raw, door], ids=lambda entry: entry.__name__)
+def test_one_bad_argument_of_a_thousand_kinds(entry, seed, request):
+    """Half of the thousand at each entry; what is harmless is not counted, another takes its place."""
+    count = int(500 * request.config.getoption("--fuzz-scale"))
+    met = 0
 
-    @settings(deadline=None, max_examples=700, database=None)
+    @hypothesis.seed(seed)
+    @settings(
+        deadline=None, max_examples=count, database=None, print_blob=False, suppress_health_check=list(HealthCheck)
+    )
     @given(MUTATIONS)
     def fuzz(mutation):
+        nonlocal met
         found = mutated(mutation)
-        if found is None:
-            return
+        assume(found is not None)
         name, call = found
         with pytest.raises(WrnFastError) as error, torch.no_grad():
             entry(call)
         check_blame(name, error)
-        seen.add(repr(mutation))
+        met += 1
 
     fuzz()
-    assert len(seen) > 200
+    assert met >= count
 
 
 @pytest.mark.parametrize("name, value", [(name, value) for name, values in VALUES.items() for value in values])

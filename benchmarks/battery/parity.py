@@ -15,6 +15,9 @@ from wrn_fast.backends import cuda, triton
 from wrn_fast.verify import verify
 
 PRIMITIVES = ("tests/backends/test_primitives.py", "tests/backends/test_masks.py", "tests/backends/test_head.py")
+# NaN, infinities, denormals, the same bits in every run, inputs that stay.
+EXACT = ("tests/backends/test_exact.py",)
+SPECIAL = "{} and (nan or denormals or bits or inputs_stay)"
 # (depth, width, batch) of the networks whose tiles are proved, and (depth, width) of those that run whole.
 NETWORKS = ((28, 10, 128), (28, 10, 1), (28, 2, 512), (16, 4, 512), (40, 2, 512))
 MODELS = ((16, 4), (28, 10))
@@ -37,6 +40,7 @@ def steps(dry: bool) -> dict[str, Callable[[float], Result]]:
             )
     for dtype in ("float32", "float16", "bfloat16"):
         found[f"primitives {dtype}"] = partial(primitives, f"triton and {dtype}")
+    found["special values"] = partial(primitives, SPECIAL.format("triton"), tests=EXACT)
     found["integers of boxes"] = partial(special, "cuda")
     found["e4m3 WRN-28-10"] = partial(eight_bits, (28, 10), "cuda")
     for network in MODELS:
@@ -66,6 +70,7 @@ def hand_written() -> dict[str, Callable[[float], Result]]:
             label = f"cuda model WRN-{network[0]}-{network[1]} {name}"
             found[label] = partial(model, network, (dtype,), "cuda", backend="cuda")
     found["cuda e4m3 WRN-28-10"] = partial(eight_bits, (28, 10), "cuda", backend="cuda", dtype=torch.bfloat16)
+    found["cuda special values"] = partial(primitives, SPECIAL.format("cuda"), tests=EXACT)
     return found | {"cuda primitives float32": partial(primitives, "cuda and float32")}
 
 
@@ -131,9 +136,9 @@ def eight_bits(
     return result(OK if found.error < parity.MEANINGLESS else FAILED, str(found), ranges=found.ranges)
 
 
-def primitives(expression: str, seconds: float) -> Result:
+def primitives(expression: str, seconds: float, tests: tuple[str, ...] = PRIMITIVES) -> Result:
     """Every primitive against float64, through the operators: the tests of the repository on this device."""
-    words = ["-m", "pytest", *PRIMITIVES, "-k", expression, "-q", "--benchmark-disable", "--all-cases", "-p",
+    words = ["-m", "pytest", *tests, "-k", expression, "-q", "--benchmark-disable", "--all-cases", "-p",
              "no:cacheprovider"]  # fmt: skip
     return python(words, seconds, TRITON_INTERPRET="")
 

@@ -154,10 +154,10 @@ SM90_HD PixelTile best_tile(int rows_log, Extent e) {
   PixelTile best;
   int64_t fewest = -1;
   for (int q = 4; q >= 0; --q) {
-    for (int p = 4; p >= 0; --p) {
+    for (int p = least(4, rows_log - q); p >= 0; --p) {
       const PixelTile t{q, p, 1 << (rows_log - q - p)};
       const int64_t tiles = ceil_div(e.Q, width_of(t)) * ceil_div(e.P, height_of(t)) * ceil_div(e.N, t.n);
-      if (q + p <= rows_log && (fewest < 0 || tiles < fewest)) {
+      if (fewest < 0 || tiles < fewest) {
         best = t;
         fewest = tiles;
       }

@@ -52,15 +52,16 @@ def build():
     python = sysconfig.get_path("include")
     if not Path(python, "Python.h").is_file():
         pytest.skip("needs Python's development headers")
-    common = [compiler, "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-w", "-ffp-contract=off",
-              f"-I{HERE}", f"-I{HERE / 'stub'}", f"-I{ROOT / 'csrc'}", "-isystem", pybind11.get_include(),
-              "-isystem", python,
-              '-DWRN_DEVICE_LAYER="common_host.h"', '-DWRN_DEVICE_TYPE="cpu"', "-x", "c++"]  # fmt: skip
+    flags = [compiler, "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-w", "-ffp-contract=off",
+             '-DWRN_DEVICE_LAYER="common_host.h"', '-DWRN_DEVICE_TYPE="cpu"', "-isystem", pybind11.get_include(),
+             "-isystem", python, "-x", "c++"]  # fmt: skip
+    common = [*flags, f"-I{HERE}", f"-I{HERE / 'stub'}", f"-I{ROOT / 'csrc'}"]
     headers = sorted(
         [*CUDA.glob("*.h"), *CUDA.glob("common*.cuh"), HERE / "common_host.h", ROOT / "csrc" / "problem.h"]
     )
     sources = sorted([*CUDA.glob("common*.cu"), *CUDA.glob("module*.cpp"), *HERE.glob("*_host.cpp")])
-    shared = b"".join(header.read_bytes() for header in headers) + " ".join(common).encode()
+    # Not by the folder of the checkout: a copy of it takes over what did not change.
+    shared = b"".join(header.read_bytes() for header in headers) + " ".join(flags).encode()
     folder = ROOT / "build" / "cuda_on_cpu"
     folder.mkdir(parents=True, exist_ok=True)
     hashes = [hashlib.sha256(shared + source.read_bytes()).hexdigest()[:16] for source in sources]

@@ -26,14 +26,25 @@ def on_device(case, backend):
     return oracle.Case(case.problem._replace(device=device), tensors)
 
 
-def served(backend, seed, fixed):
-    """What a random problem rarely has and the backend needs."""
-    if backend != "cuda":
-        return {}
+def dtype_of(backend):
+    """One that its convolutions serve."""
+    return torch.float16 if backend == "cuda" else torch.float32
+
+
+def channels_of(backend, channels):
+    """The next number of channels that its convolutions serve."""
+    return -(-channels // 16) * 16 if backend == "cuda" else channels
+
+
+def served(backend, op, seed, fixed):
+    """`fixed`, and what a random problem rarely has and the backend's convolutions need."""
+    if backend != "cuda" or op not in (*RUN, "input_grad"):
+        return fixed
     rng = random.Random(seed)
     fields = {"C": (16, 32, 48), "K": (16, 32), "short_C": (0, 0, 16), "stride": (1, 1, 2)}
     one_output = {"act_out": "none"} if fixed.get("drop_at") == "output" else {}
-    return {name: rng.choice(values) for name, values in fields.items()} | one_output
+    widened = {name: channels_of(backend, fixed[name]) for name in ("C", "K", "short_C") if name in fixed}
+    return {name: rng.choice(values) for name, values in fields.items()} | one_output | fixed | widened
 
 
 def draw(backend, op, seed, count, dtype, many=False, **fixed):
@@ -43,7 +54,7 @@ def draw(backend, op, seed, count, dtype, many=False, **fixed):
     """
     found, refused = [], []
     for i in range(80 * count):
-        case = on_device(oracle.draw(seed + i, dtype, **{**served(backend, seed + i, fixed), **fixed}), backend)
+        case = on_device(oracle.draw(seed + i, dtype, **served(backend, op, seed + i, fixed)), backend)
         if (many and min(case.problem.C, case.problem.K) < 16) or (op == "dgrad" and near_kink(case)):
             continue
         reason = dispatch.load(backend).unsupported(op, case.problem)

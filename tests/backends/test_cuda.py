@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from kernels import oracle
 import wrn_fast
 from wrn_fast import cache, dispatch, ops, parity, tune, tuned
 from wrn_fast.backends import aten, cuda
-from wrn_fast.kernels import cuda_check, cuda_launch, cuda_weights, passed
+from wrn_fast.kernels import cuda_check, cuda_launch, cuda_passes, cuda_weights, passed
 from wrn_fast.kernels.configs import TileConfig
 from wrn_fast.kernels.cuda_launch import Tile
 from wrn_fast.problem import ConvProblem
@@ -205,6 +206,25 @@ def test_slices_that_begin_anywhere(recorder, op):
         moved[name] = flat.view(n, h, w, c).permute(0, 3, 1, 2).copy_(v)
         assert moved[name].data_ptr() % 16
     assert all(map(torch.equal, RUN[op](case, **moved), want))
+
+
+def test_calls_are_queued_on_the_current_stream_of_the_tensors_device(monkeypatch):
+    """Of two GPUs; the first is the current one."""
+    streams, entered = {0: 11, 1: 22}, []
+
+    @contextmanager
+    def device(index):
+        entered.append(index)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: types.SimpleNamespace(cuda_stream=streams[index]))
+    monkeypatch.setattr(torch.cuda, "device", device)
+    for index, expected in streams.items():
+        x = types.SimpleNamespace(device=torch.device("cuda", index))
+        with cuda_passes.queue("fprop", PLAIN, x) as stream:
+            assert stream == expected
+    assert entered == [1]
 
 
 # Errors.

@@ -13,6 +13,7 @@ import pytest
 from backends.cuda_on_cpu import CUDA, ROOT
 
 from benchmarks.battery import hopper
+from faults.native import setup_constant
 
 # Two blocks of 256 threads a multiprocessor: fewer cannot keep enough loads in flight.
 MOST_REGISTERS = 128
@@ -47,7 +48,7 @@ def compiled(request, tmp_path_factory):
     """(ptxas's report, SASS, name) of one file for sm_90a."""
     cubin = tmp_path_factory.mktemp("cubin") / f"{request.param}.cubin"
     source = CUDA / f"{request.param}.cu"
-    flags = ["-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}"]
+    flags = [*setup_constant("CUDA_FLAGS"), *setup_constant("GENCODE_SM90"), "-Xptxas", "-v", f"-I{ROOT / 'csrc'}"]
     report = run(tool("nvcc"), *flags, "-cubin", str(source), "-o", str(cubin))
     return report, run(tool("cuobjdump"), "-sass", str(cubin)), request.param
 
@@ -83,6 +84,11 @@ def test_no_local_memory_and_accesses_of_16_bytes(compiled):
         if streaming not in READING:
             assert re.search(r"\bSTG\.E\.128\b", sass), name
     assert bool(seen) == (compiled[2] != "common_fold")
+
+
+def test_denormals_are_kept(compiled):
+    """Inside of square roots and divisions, which scale before, CUDA's own code may flush; a product and a sum not."""
+    assert not re.search(r"\bFFMA\S*\.FTZ", compiled[1])
 
 
 def test_the_experiments_for_hopper_compile(tmp_path):

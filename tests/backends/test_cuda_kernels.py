@@ -92,7 +92,7 @@ def exact_vectors(C, dtype):
     """stats, gamma, beta that keep integers integer with eps 0: the deviation is 1/2."""
     w = wide(dtype)
     stats = torch.stack([integers(-2, 2, C), torch.full((C,), 0.25, dtype=torch.float64)]).to(w)
-    return stats, (integers(0, 1, C) * 2 - 1).to(w), integers(-2, 2, C).to(w)
+    return stats, integers(-1, 1, C).to(w), integers(-2, 2, C).to(w)
 
 
 def normal(x, norm):

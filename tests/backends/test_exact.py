@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from backends import eager
-from backends.harness import ALGORITHM, RUN, arrange, draw, integer_case, on_device, run_fprop
+from backends.harness import ALGORITHM, RUN, arrange, channels_of, draw, dtype_of, integer_case, on_device, run_fprop
 from kernels import oracle
 
 from wrn_fast import dispatch, parity
@@ -43,13 +43,14 @@ def test_integers_are_exact_for_every_small_image(
         for i, (h, w) in enumerate(IMAGES):
             if min(h + PADS[pad][2] + PADS[pad][3], w + PADS[pad][0] + PADS[pad][1]) < 3:
                 continue
-            c, k = channels[(i + seed) % len(channels)]
-            case = on_device(integer_case(torch.float32, 1 + i % 2, c, k, h, w, stride, PADS[pad]), backend)
+            c, k = (channels_of(backend, n) for n in channels[(i + seed) % len(channels)])
+            case = on_device(integer_case(dtype_of(backend), 1 + i % 2, c, k, h, w, stride, PADS[pad]), backend)
             reason = dispatch.load(backend).unsupported(op, case.problem)
             if reason is not None:
                 break
-            got = RUN[op](case)[0].double()
+            got = RUN[op](case)[0]
             want = oracle.fprop(case)[0] if op == "fprop" else oracle.gradients(case)[op == "wgrad"]
+            got, want = got.double(), want.to(got.dtype).double()
             distance += (got - want).square().sum().item()
             size += want.square().sum().item()
             assert torch.equal((got * 4).round() / 4 if rounded else got, want), (h, w, c, k)
@@ -106,7 +107,7 @@ def test_nan_and_infinity_travel_as_in_eager(backend, act, value, exactness, see
     """Never at fewer positions; at more only where Winograd spreads them over its tiles."""
     fixed = {"act": act, "H": 9, "W": 11, "taps": (3, 3), "pad": (1, 1, 1, 1), "p": 0.0, "drop_at": "none",
              "act_out": "none", "want_y": True}  # fmt: skip
-    for case in draw(backend, "fprop", seed, 2, torch.float32, **fixed):
+    for case in draw(backend, "fprop", seed, 2, dtype_of(backend), **fixed):
         for _ in range(3):
             case.x[tuple(int(torch.randint(0, size, ())) for size in case.x.shape)] = value
         with precision(exactness):
@@ -122,7 +123,7 @@ def test_nan_and_infinity_travel_as_in_eager(backend, act, value, exactness, see
 @pytest.mark.parametrize("op", ["dgrad", "wgrad"])
 def test_nan_in_the_gradient_is_not_swallowed(backend, op, seed):
     fixed = {"act": "identity", "p": 0.0, "drop_at": "none", "stride": 1, "taps": (3, 3), "pad": (1, 1, 1, 1)}
-    case = draw(backend, op, seed, 1, torch.float32, **fixed)[0]
+    case = draw(backend, op, seed, 1, dtype_of(backend), **fixed)[0]
     case.dy[0, 0, 1, 1] = float("nan")
     got, want = RUN[op](case)[0], eager.gradients(case)[op == "wgrad"]
     assert (got.isfinite() <= want.isfinite()).all()
@@ -133,7 +134,7 @@ def test_nan_in_the_gradient_is_not_swallowed(backend, op, seed):
 def test_strides_do_not_matter_and_inputs_stay(backend, op, how, seed):
     # The library's convolution adds in another order for a filter in another layout: equal within float64's bound.
     plain = backend == "aten"
-    for case in draw(backend, op, seed, 8, torch.float64 if plain else torch.float32):
+    for case in draw(backend, op, seed, 8, torch.float64 if plain else dtype_of(backend)):
         arranged = {name: arrange(v, how) for name, v in case.tensors.items()}
         if how == "expanded":
             case.tensors.update({name: v if v is None else v.clone() for name, v in arranged.items()})
@@ -148,7 +149,7 @@ def test_strides_do_not_matter_and_inputs_stay(backend, op, how, seed):
 @pytest.mark.parametrize("op", RUN)
 def test_bits_do_not_depend_on_threads_or_on_the_run(backend, op, seed):
     threads = torch.get_num_threads()
-    for case in draw(backend, op, seed, 2, torch.float32, N=3, H=17, W=14, C=40, K=48, taps=(3, 3), want_stats=True,
+    for case in draw(backend, op, seed, 2, dtype_of(backend), N=3, H=17, W=14, C=40, K=48, taps=(3, 3), want_stats=True,
                      want_y=True):  # fmt: skip
         outputs = []
         for count in (1, 1, 2, 3):
@@ -186,7 +187,7 @@ def test_images_do_not_depend_on_their_neighbours(backend, op, seed):
 
 @pytest.mark.parametrize("op", RUN)
 def test_empty_batch(backend, op):
-    case = draw(backend, op, 1, 1, torch.float32, drop_at="none", p=0.0, act_out="none", want_y=True)[0]
+    case = draw(backend, op, 1, 1, dtype_of(backend), drop_at="none", p=0.0, act_out="none", want_y=True)[0]
     empty = {name: v[:0] for name in ("x", "dy", "residual", "x_short") if (v := case.tensors[name]) is not None}
     got = RUN[op](case, **empty)[0]
     if op == "wgrad":

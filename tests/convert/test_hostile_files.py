@@ -241,3 +241,9 @@ def test_the_same_files_without_the_harm_load():
     for data in (WHOLE, rezipped(WHOLE), legacy()):
         net, _ = load_checkpoint(data)
         assert torch.equal(net.fc.weight, STATE["fc.weight"])
+
+
+def test_keys_too_many_are_left_and_named():
+    net, report = load_checkpoint({**STATE, "evil": torch.zeros(3), "block2.layer.0.bn2.extra": torch.zeros(3)})
+    assert set(report.left) == {"evil", "block2.layer.0.bn2.extra"}
+    assert torch.equal(net.fc.weight, STATE["fc.weight"])

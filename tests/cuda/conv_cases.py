@@ -1,13 +1,26 @@
-"""Random fprop and dgrad calls for the host-run tool on data whose results are exact, and what they must give."""
+"""Random calls for the host-run tool on data whose results are exact, and what they must give.
+
+python tests/cuda/conv_cases.py '{"op": "fprop", ...}'    one call again; a failing run prints the line
+"""
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass, field, replace
+import json
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+
+import hypothesis
 import torch
 import torch.nn.functional as F
+from cuda import host_run
 from cuda.host_run import ACTS, DTYPES, TILES, ConvShape, Dgrad, Fprop, Launch, Prologue, Tool, Wgrad, pointer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from wrn_fast import parity
@@ -68,37 +81,62 @@ class Call:
         )  # fmt: skip
 
 
-def draw(seed: int) -> Call:
-    """A random small call."""
-    rng = random.Random(seed)
-    op = rng.choice(("fprop", "fprop", "dgrad", "wgrad"))
-    tile = rng.choice(("fetch9", "fetch9", "shift3")) if op != "wgrad" else "fetch9"
-    blocks = rng.randint(1, 40 if op == "wgrad" else 3)
-    c = Call(op=op, tile=tile, seed=seed, dtype=rng.choice(list(DTYPES)), blocks=blocks)
-    c.N, c.H, c.W = rng.choice((1, 1, 2, 3, 5)), rng.randint(2, 19), rng.randint(2, 19)
-    c.C, c.K = rng.choice((16, 32, 48, 64, 80)), rng.choice((16, 32, 48, 64, 80))
-    if tile == "shift3":
-        c.C, c.K = (64, rng.choice((16, 48, 80))) if op == "dgrad" else (rng.choice((16, 48, 80)), 64)
+@st.composite
+def calls(draw: st.DrawFn, narrow: bool = False) -> Call:
+    """A random small call; `narrow`: of the kernels that HOST_RUN_NARROW leaves."""
+    pick = lambda *values: draw(st.sampled_from(values))
+    op = pick("fprop", "fprop", "dgrad", "wgrad")
+    c = Call(op=op, tile=pick("fetch9", "fetch9", "shift3") if op != "wgrad" else "fetch9")
+    c.dtype, c.N, c.blocks = pick(*DTYPES), pick(1, 1, 2, 3, 5), draw(st.integers(1, 40 if op == "wgrad" else 3))
+    # 112 and 224 are seven blocks of 16 and 32.
+    reduced, written = pick(16, 32, 48, 64, 80), pick(16, 32, *((16, 32, 112, 224) if narrow else (48, 64, 80, 112)))
+    if c.tile == "shift3":
+        reduced, written = pick(16, 48, 80), 64
     else:
-        c.R, c.S = rng.choice(((3, 3), (3, 3), (1, 1), (1, 3), (2, 5)))
-        c.stride = rng.choice((1, 2))
-    c.pad = rng.choice(PADS)
-    c.H, c.W = max(c.H, c.R, c.stride), max(c.W, c.S, c.stride)
-    c.act = rng.choice(("identity", "relu", "leaky_relu"))
-    c.prologue = rng.random() < 0.5
+        c.R, c.S = pick((3, 3), (3, 3), (1, 1), (1, 3), (2, 5))
+        c.stride = pick(1, 2)
+    c.C, c.K = (written, reduced) if op == "dgrad" else (reduced, written)
+    c.H, c.W = (max(draw(st.integers(2, 19)), least, c.stride) for least in (c.R, c.S))
+    c.pad = pick(*PADS)
+    c.prologue, c.act = pick(False, True, True), pick("identity", "relu", "leaky_relu")
     if op == "fprop":
-        if rng.random() < 0.3:
-            c.short_C, c.short_stride = rng.choice((16, 80)), rng.choice((1, 2))
-            c.short_prologue = rng.random() < 0.5
-        c.bias, c.residual = rng.random() < 0.4, rng.random() < 0.4
-        c.act_out, c.affine_out = rng.choice(("none", "identity", "relu", "leaky_relu")), rng.random() < 0.7
-        c.want_y = c.act_out == "none" or rng.random() < 0.8
-    c.want_sums = rng.random() < 0.5 and c.want_y
-    if op == "fprop" and tile == "fetch9" and rng.random() < 0.4:
+        c.short_C = pick(0, 0, 0, 16, 80)
+        c.short_stride, c.short_prologue = (pick(1, 2), draw(st.booleans())) if c.short_C else (1, False)
+        c.bias, c.residual = draw(st.booleans()), draw(st.booleans())
+        c.act_out, c.affine_out = pick("none", "identity", "relu", "leaky_relu"), draw(st.booleans())
+        c.want_y = c.act_out == "none" or pick(True, True, True, False)
+    c.want_sums = draw(st.booleans()) and c.want_y
+    if op == "fprop" and c.tile == "fetch9" and not narrow and pick(False, False, True):
         c.e4m3, c.prologue, c.short_prologue = True, False, False
-    if op != "wgrad" and tile == "fetch9" and rng.random() < 0.3:
-        c.splits = rng.randint(2, 6)
+    if op != "wgrad" and c.tile == "fetch9":
+        c.splits = pick(1, 1, 1, 2, 3, 6)
+    c.seed = draw(st.integers(0, 2**31 - 1))
     return c
+
+
+def fuzz(tool: Tool, seed: int, count: int, narrow: bool = False) -> None:
+    """`count` random calls; the first that is wrong is shrunk and raised with the line that runs it again."""
+
+    @hypothesis.seed(seed)
+    @settings(max_examples=count, deadline=None, database=None, print_blob=False,
+              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @given(calls(narrow))
+    def one(call: Call) -> None:
+        check(tool, call)
+
+    one()
+
+
+def check(tool: Tool, call: Call) -> None:
+    """Raises where the call is refused or gives anything but the exact result."""
+    wrong = tool.refuses("fprop_fp8" if call.e4m3 else call.op, call.shape, call.dtype, call.tile) or run(tool, call)
+    assert wrong is None, f"{wrong}\n{replay(call)}"
+
+
+def replay(call: Call) -> str:
+    """The command that runs a call again."""
+    fields = asdict(replace(call, tensors={})) | {"dtype": str(call.dtype).removeprefix("torch.")}
+    return f"python tests/cuda/conv_cases.py '{json.dumps(fields)}'"
 
 
 def integers(g: torch.Generator, low: int, high: int, *shape: int) -> Tensor:
@@ -106,10 +144,10 @@ def integers(g: torch.Generator, low: int, high: int, *shape: int) -> Tensor:
 
 
 def aligned(v: Tensor, dtype: torch.dtype) -> Tensor:
-    """`v` in `dtype` on a 16-byte boundary."""
-    room = torch.empty(v.numel() + 16, dtype=dtype)
-    start = -room.data_ptr() % 16 // dtype.itemsize
-    return room[start : start + v.numel()].view(v.shape).copy_(v)
+    """`v` in `dtype` on a 16-byte boundary, with nothing behind it that a sanitizer would let pass."""
+    own = torch.empty(v.shape, dtype=dtype).copy_(v)
+    assert own.data_ptr() % 16 == 0
+    return own
 
 
 def poisoned(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -244,7 +282,8 @@ def fprop_output(tool: Tool, c: Call, exact: dict[str, Tensor]) -> Tensor:
     args = Fprop(shape=c.shape, dtype=DTYPES[c.dtype], tile=TILES.index(c.tile), x=pointer(t["x"]))
     args.w, args.y = pointer(w), pointer(y)
     args.prologue = Prologue(pointer(t["scale"]), pointer(t["shift"]), ACTS.index(c.act), SLOPE)
-    args.launch = Launch(1)
+    partials, counters = tool.scratch(c.shape, False, c.splits)
+    args.launch = Launch(c.splits, pointer(partials), pointer(counters))
     assert tool.run("fprop", args, c.seed, c.blocks) == ""
     return y
 
@@ -318,3 +357,12 @@ def far(got: Tensor, want: Tensor, size: Tensor) -> str | None:
     error = (got - want).norm().item() / max(size.norm().item(), 1.0)
     bound = parity.one_seed_bound(parity.UNIT[torch.float32], torch.float32)
     return None if error <= bound else f"off by {error:.1e} of what was added, bound {bound:.1e}"
+
+
+if __name__ == "__main__":
+    fields = json.loads(sys.argv[1])
+    fields |= {"dtype": getattr(torch, fields["dtype"]), "pad": tuple(fields["pad"])}
+    with tempfile.TemporaryDirectory() as folder:
+        wrong = run(host_run.build(Path(folder)), Call(**fields))
+    print(wrong or "nothing is wrong")
+    sys.exit(bool(wrong))

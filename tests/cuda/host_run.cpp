@@ -40,7 +40,8 @@ template <bool dgrad>
 Kernel choose(int block_k, Sm90Tile tile, DType dtype) {
 #define CASE(k, t, blocks, taps) \
   if (block_k == k && tile == Sm90Tile::t) return kernel_of<dgrad, k, blocks, taps>(dtype);
-#ifdef HOST_RUN_ONLY_32
+#ifdef HOST_RUN_NARROW
+  CASE(16, fetch9, 1, 1)
   CASE(32, fetch9, 1, 1)
   CASE(64, shift3, 2, 3)
 #else
@@ -72,7 +73,8 @@ WgradKernel wgrad_of(DType dtype) {
 WgradKernel choose_wgrad(int block_k, bool halo, DType dtype) {
 #define CASE(k, tile, blocks, taps) \
   if (block_k == k) return halo ? wgrad_of<k, true>(dtype) : wgrad_of<k, false>(dtype);
-#ifdef HOST_RUN_ONLY_32
+#ifdef HOST_RUN_NARROW
+  CASE(16, fetch9, 1, 1)
   CASE(32, fetch9, 1, 1)
 #else
   SM90_FETCH9(CASE)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from cuda import host_run
 
+from faults.native import setup_constant
+
 # (block_k, tile, 64-row blocks a warpgroup, filter rows a fetch serves): SM90_FETCH9 and SM90_SHIFT3 of sm90_plan.h.
 CONV = [(k, 1, 1) for k in (16, 32, 48, 64, 80, 96, 128, 160)] + [(k, 2, 3) for k in (64, 128, 160)]
 WGRAD = [(k, halo) for k in (16, 32, 48, 64, 80, 96, 128, 160) for halo in (True, False)]
@@ -44,7 +46,8 @@ def compiled(folder, header, params, threads, body):
         f"__global__ void __launch_bounds__({threads}, 1) kernel(const __grid_constant__ {params}<CUtensorMap> p) {{\n"
         f"  {body}(p);\n}}\n"
     )
-    command = [nvcc(), "-std=c++17", "-O3", "-arch=sm_90a", "-cubin", "-Xptxas", "-v", f"-I{host_run.CSRC}"]
+    flags = [*setup_constant("CUDA_FLAGS"), *setup_constant("GENCODE_SM90"), "-Xptxas", "-v", f"-I{host_run.CSRC}"]
+    command = [nvcc(), *flags, "-cubin"]
     result = subprocess.run([*command, str(source), "-o", str(cubin)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
     sass = subprocess.run([nvdisasm(), "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
@@ -60,6 +63,7 @@ def check(log, instructions, kind, shape, products, batches):
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in log
     assert not re.search(r"C75\d\d", log), log
     assert not count(instructions, "(LDL|STL)")
+    assert not count(instructions, r"FFMA\S*\.FTZ"), "denormals are flushed"
     assert count(instructions, "[HQ]GMMA") == count(instructions, re.escape(shape)) == products
     assert count(instructions, r"WARPGROUP\.ARRIVE") == count(instructions, r"[HQ]GMMA.*gsb0") == batches
     assert count(instructions, "USETMAXREG") == 2

@@ -106,7 +106,7 @@ def broken(name, folder):
 @pytest.mark.rotate(4)
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_planted_mistake_is_reported(name, objects, tmp_path, seed):
-    tool = host_run.build(tmp_path, csrc=broken(name, tmp_path), flags=("-DHOST_RUN_ONLY_32",), objects=objects)
+    tool = host_run.build(tmp_path, csrc=broken(name, tmp_path), flags=host_run.NARROW, objects=objects)
     reports = []
     for call in CALLS:
         call.seed = seed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 
+from hypothesis import strategies as st
 from kernels.oracle import ACTS, PADS
 
 CHOICES = {
@@ -87,6 +88,21 @@ def cases(seed: int, count: int) -> list[dict]:
     chosen = covering(seed)
     chosen += [draw(rng) for _ in range(count - len(chosen))]
     return [fixed(choice, rng) for choice in chosen]
+
+
+@st.composite
+def drawn(draw: st.DrawFn) -> dict:
+    """The same as a strategy: what does not fit goes, and the simplest stands first everywhere."""
+    choice = {name: draw(st.sampled_from(values)) for name, values in CHOICES.items()}
+    if draw(st.sampled_from((True, True, True, False))):
+        choice["drop_at"] = "none"
+    if choice["taps"] == (1, 1):
+        choice["pad"] = (0, 0, 0, 0)
+    if choice["drop_at"] == "output_act" and choice["act_out"] == "none":
+        choice["drop_at"] = "output"
+    choice["want_y"] |= choice["act_out"] == "none" or choice["want_stats"]
+    assert possible(choice)
+    return fixed(choice, random.Random(draw(st.integers(0, 2**31 - 1))))
 
 
 def fixed(choice: dict, rng: random.Random) -> dict:

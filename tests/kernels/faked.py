@@ -28,6 +28,7 @@ class Seen(NamedTuple):
     grid: tuple[int, int, int]
     arguments: tuple
     at_run_time: tuple[int, ...]
+    stream: int
 
     def numbers(self) -> list[Any]:
         """What stands at run time and is no tensor."""
@@ -35,17 +36,18 @@ class Seen(NamedTuple):
 
 
 class _Driver:
-    """As much of an sm_90's driver as a launch asks for."""
+    """As much of an sm_90's driver as a launch asks for. Each device has a stream of its own."""
 
     def __init__(self) -> None:
         self.seen: list[Seen] = []
         self.utils = self
+        self.device = 0
 
     def get_current_device(self) -> int:
-        return 0
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
-        return 0
+        return 10 + device
 
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
@@ -69,7 +71,7 @@ class _Driver:
         def launch(x: int, y: int, z: int, stream: int, function: int, packed: Any, more: Any, enter: Any, leave: Any,
                    *arguments: Any) -> None:  # fmt: skip
             assert len(arguments) == len(kinds), (len(arguments), kinds)
-            self.seen.append(Seen(metadata.hash, (x, y, z), arguments, left))
+            self.seen.append(Seen(metadata.hash, (x, y, z), arguments, left, stream))
 
         return launch
 
@@ -127,7 +129,7 @@ class Again(NamedTuple):
     """What a second and a third call of an operator did."""
 
     dispatched: list[int]  # launches that asked Triton, a call
-    launched: list[list[tuple]]  # (kernel, grid, numbers), a call
+    launched: list[list[tuple]]  # (kernel, grid, numbers, stream), a call
 
 
 def _count(calls: list[Any]) -> Again:
@@ -144,7 +146,7 @@ def _count(calls: list[Any]) -> Again:
             seen.clear()
             one()
             dispatched.append(len(asked))
-            launched.append([(s.kernel, s.grid, s.numbers()) for s in seen])
+            launched.append([(s.kernel, s.grid, s.numbers(), s.stream) for s in seen])
     return Again(dispatched, launched)
 
 
@@ -169,6 +171,17 @@ def other_dtypes() -> Again:
     bias = {dtype: {"bias": torch.empty(SMALL.K, dtype=dtype)} for dtype in (torch.float32, torch.bfloat16)}
     order = (torch.float32, torch.bfloat16, torch.float32, torch.bfloat16)
     return _count([lambda d=d: call(problem, memory(problem) | bias[d]) for d in order])
+
+
+def devices() -> Again:
+    """On the first GPU, on the second, and on each again."""
+    from triton.runtime import driver as drivers
+
+    def on(device: int) -> None:
+        drivers.active.device = device
+        call(SMALL, memory(SMALL))
+
+    return _count([lambda device=device: on(device) for device in (0, 1, 0, 1)])
 
 
 def patterns(seeds: list[int], choices: list[dict]) -> int:

@@ -1,10 +1,21 @@
-"""What runs in the interpreting process: kernels with any legal tile, on poisoned memory, against the oracle."""
+"""What runs in the interpreting process: kernels with any legal tile, on poisoned memory, against the oracle.
+
+python tests/kernels/interpreted.py 7 '{"taps": [3, 3], ...}'    one case again; a failing run prints the line
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import random
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
+
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"
+    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 import torch
 from kernels import oracle
@@ -13,10 +24,11 @@ from torch import Tensor
 
 from wrn_fast import masks as bits
 from wrn_fast.kernels.configs import ARCHS, TileConfig, heuristic, legal
-from wrn_fast.parity import error
+from wrn_fast.parity import FLOAT64, error
 from wrn_fast.problem import ConvProblem
 
 ARCH = ARCHS["interpreter"]
+OPS = ("fprop", "dgrad", "wgrad", "elementwise")
 PROLOGUE = ("stats", "gamma", "beta")
 FPROP = ("x", "w", *PROLOGUE, "bias", "residual", "x_short", "w_short", *(f"{n}_short" for n in PROLOGUE), "rng",
          "out_scale", "out_shift")  # fmt: skip
@@ -24,8 +36,6 @@ FPROP = ("x", "w", *PROLOGUE, "bias", "residual", "x_short", "w_short", *(f"{n}_
 
 def interpreting() -> tuple[str | None, bool]:
     """(the environment's word, triton's own) in this process."""
-    import os
-
     from wrn_fast.kernels import tile
 
     return os.environ.get("TRITON_INTERPRET"), tile.INTERPRETED
@@ -199,3 +209,17 @@ def errors_beside_eager(seeds: list[int], dtype: torch.dtype, op: str) -> dict[s
         for name in want.keys() & got.keys():
             found.setdefault(name, []).append((error(got[name], want[name]), error(peer[name], want[name])))
     return found
+
+
+def wrong(seed: int, values: dict) -> str | None:
+    """Every kernel on one case in float64, where a right one is at 1e-15: None, or what is off and the line for it."""
+    (found,) = errors([seed], torch.float64, [values], OPS)
+    bad = {name: e for name, e in found.items() if not e <= FLOAT64}
+    return f"{bad}\npython tests/kernels/interpreted.py {seed} '{json.dumps(values)}'" if bad else None
+
+
+if __name__ == "__main__":
+    fields = {name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(sys.argv[2]).items()}
+    said = wrong(int(sys.argv[1]), fields)
+    print(said or "nothing is wrong")
+    sys.exit(said is not None)

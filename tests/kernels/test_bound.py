@@ -14,7 +14,7 @@ def test_the_second_launch_asks_triton_for_nothing_and_is_the_first_again(compil
     assert launched[1] == launched[0]
     # Another batch only moves grids and numbers; one tile more may need one merging step more.
     assert larger <= 1 and launched[2] != launched[0]
-    assert {kernel for kernel, _, _ in launched[0]} <= {kernel for kernel, _, _ in launched[2]}
+    assert {kernel for kernel, *_ in launched[0]} <= {kernel for kernel, *_ in launched[2]}
 
 
 def test_a_pointer_off_its_alignment_takes_the_kernel_compiled_for_it(compiler):
@@ -28,6 +28,12 @@ def test_another_dtype_is_another_kernel(compiler):
     dispatched, (wide, narrow, wide_again, narrow_again) = compiler(faked.other_dtypes)
     assert dispatched[1] == 1 and dispatched[2:] == [0, 0]
     assert wide == wide_again and narrow == narrow_again and wide != narrow
+
+
+def test_another_gpu_has_kernels_and_a_stream_of_its_own(compiler):
+    dispatched, launched = compiler(faked.devices)
+    assert dispatched[0] == dispatched[1] > 0 and dispatched[2:] == [0, 0]
+    assert [{stream for *_, stream in call} for call in launched] == [{10}, {11}, {10}, {11}]
 
 
 def test_what_is_absent_follows_from_what_is_compiled_in_and_numbers_are_not_looked_at(compiler, seed):

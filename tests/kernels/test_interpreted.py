@@ -1,16 +1,16 @@
 """Every kernel in Triton's interpreter against float64: a right kernel is at 1e-15 there, a wrong index at 1."""
 
-import random
-
+import hypothesis
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from kernels import combinations, interpreted
 
 from wrn_fast import parity
 
-OPS = ("fprop", "dgrad", "wgrad", "elementwise")
-CHUNKS = 20
-CASES = 320  # a run
+# A run, beside some forty that hold every pair of choices; in chunks, so that several processes share them.
+CASES, CHUNKS = 360, 10
 
 
 def test_the_process_interprets_and_this_one_does_not(interpreter):
@@ -26,14 +26,28 @@ def test_the_cases_hold_every_pair_of_choices(seed):
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
-def test_float64(interpreter, chunk, request):
+def test_every_pair_of_choices(interpreter, chunk, request):
     run_seed = request.config.option.seed
-    cases = combinations.cases(run_seed, CASES)[chunk::CHUNKS]
-    rng = random.Random(f"{run_seed} {chunk}")
-    seeds = [rng.randrange(2**31) for _ in cases]
-    for at, found in enumerate(interpreter(interpreted.errors, seeds, torch.float64, cases, OPS)):
-        bad = {name: e for name, e in found.items() if not e <= parity.FLOAT64}
-        assert not bad, f"{bad}: kernels.interpreted.draw({seeds[at]}, torch.float64, {cases[at]})"
+    for at, values in enumerate(combinations.cases(run_seed, 0)[chunk::CHUNKS]):
+        wrong = interpreter(interpreted.wrong, run_seed + at, values)
+        assert wrong is None, wrong
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_random_cases(interpreter, chunk, seed, request):
+    """`--fuzz-scale` times as many; what fails is shrunk."""
+    count = int(CASES * request.config.getoption("--fuzz-scale") / CHUNKS)
+
+    @hypothesis.seed(seed)
+    @settings(
+        max_examples=count, deadline=None, database=None, print_blob=False, suppress_health_check=list(HealthCheck)
+    )
+    @given(st.integers(0, 2**31 - 1), combinations.drawn())
+    def fuzz(values_seed, values):
+        wrong = interpreter(interpreted.wrong, values_seed, values)
+        assert wrong is None, wrong
+
+    fuzz()
 
 
 @pytest.mark.parametrize("op", ["fprop", "dgrad", "wgrad"])

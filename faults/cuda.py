@@ -1,0 +1,120 @@
+"""The faults in the CUDA backend: its Hopper kernels and passes run on the CPU, and what nvcc makes of them."""
+
+from __future__ import annotations
+
+from faults.patch import NO_CODE, Absent, Check, Patch
+
+CONV, EPILOGUE, INDEX, PLAN, ROWS, PASSES, STATS = (
+    f"csrc/cuda/{name}"
+    for name in (
+        "sm90_conv.cuh", "sm90_epilogue.cuh", "sm90_index.h", "sm90_plan.h", "common_rows.cuh", "common_passes.cu",
+        "common_stats.cu",
+    )
+)  # fmt: skip
+LAUNCH, LAUNCH_PASSES = "wrn_fast/kernels/cuda_launch.py", "wrn_fast/kernels/cuda_passes.py"
+
+NARROW = "tests/cuda/test_sm90_narrow.py"
+HOPPER = Check(NARROW, "random_calls")
+BRUTE_FORCE = Check("tests/cuda/test_sm90_index.py", "every_index")
+KERNELS = "tests/backends/test_cuda_kernels.py"
+TABLE = Check(KERNELS, "affine_table")
+BACKWARD = Check(KERNELS, "act_backward_is_exact")
+EXACT, PRIMITIVES = "tests/backends/test_exact.py", "tests/backends/test_primitives.py"
+
+STORE_Y = "if (p.has_y) store_rows<T>"
+SIDE = """      if (p.has_side) {
+        const uint32_t r = load_side<T>(at, h, column);
+        low += hw::low_half<T::fp16>(r);
+        high += hw::high_half<T::fp16>(r);
+      }
+"""
+ROUND = "      round_pair<T>(low, high, stored[h]);\n"
+SOURCE = "      const Source& s = *k.source;\n      const int channel = k.chunk * kChunk + group * 8;\n"
+WAITED = """  hw::wgmma_wait<0>();
+#pragma unroll
+  for (int m = 0; m < T::blocks; ++m) hw::pin(acc[m]);
+  release();
+"""
+OTHERS = "  for (int i = 0; i < T::block_k / 2; ++i) acc[i] = 0.f;\n  for (int s = 0; s < splits; ++s) {\n"
+DROP = """for (int j = 0; j < V; ++j) v[j] = widen(of_da[u].v[j]);
+              if constexpr (kDrop) dropped.template drop<V>(v, at);
+"""
+ALTERED = DROP.replace("dropped.template", "{\n Dropped<W> other(mask);\n other.%s;\n other.template").replace(
+    "at);", "at);\n }"
+)
+STREAM = "stream = 0 if index is None else torch.cuda.current_stream(index).cuda_stream"
+RETURNED = "    e.channel_stats(**rows_of(x), x=ptr(x), stats=ptr(out), workspace=ptr(workspace), stream=stream)\n"
+PREVIOUS = """    last = stats_of.__dict__
+    out, last[x.shape[1]] = last.get(x.shape[1], out), out
+"""
+
+PATCHES: dict[int, Patch | Absent] = {
+    1: Patch(CONV, "v.word[i] = in ? ", "v.word[i] = in || true ? ", HOPPER),
+    2: Patch(INDEX, "at.q >= 0 && at.q < e.Q &&", "at.q >= 0 &&", HOPPER),
+    3: Patch(EPILOGUE, STORE_Y,
+             "if (p.has_y && (p.schedule.k_blocks == 1 || j.k_block + 1 < p.schedule.k_blocks)) store_rows<T>", HOPPER),
+    4: Patch(INDEX, "return s.splits * s.k_blocks * pixel_tiles(s);",
+             "return s.splits * s.k_blocks * most(1, pixel_tiles(s) - 1);", HOPPER),
+    5: Patch(CONV, "main = chunks_of(p.source.channels) * columns",
+             "main = (chunks_of(p.source.channels) - (p.source.channels > kChunk)) * columns", HOPPER),
+    6: Patch(INDEX, "return {0, 1, taps, -pad_low, 1};", "return {0, 1, most(1, taps - 1), -pad_low, 1};", BRUTE_FORCE),
+    7: Patch(CONV, "tap_of(s.columns[k.parity & 1], column), tap_of(s.rows[k.parity >> 1], i));",
+             "tap_of(s.rows[k.parity >> 1], i), tap_of(s.columns[k.parity & 1], column));", HOPPER),
+    8: Patch(INDEX, "const int first = (parity + pad_low) % step;",
+             "const int first = (parity + pad_low + 1) % step;", BRUTE_FORCE),
+    9: Patch(PLAN, "p.source_short.in_stride = f.short_stride;",
+             "p.source_short.in_stride = f.short_stride;\n    p.source_short.rows[0] = fprop_axis(1, -1);", HOPPER),
+    10: Patch(CONV, "job_of(p.schedule, hw::fresh(job)), c",
+              "job_of(p.schedule, hw::fresh(jobs > 2 && job + 2 >= jobs ? 2 * jobs - 3 - job : job)), c", HOPPER),
+    11: Patch(PLAN, "    take_prologue(p.source_short, f.short_prologue);\n", "", HOPPER),
+    12: Patch(EPILOGUE, SIDE, SIDE.replace("hw::low_half<T::fp16>(r)", "hw::max_nan(hw::low_half<T::fp16>(r), 0.f)"),
+              HOPPER),
+    13: Patch(EPILOGUE, SIDE, SIDE.replace("(p.has_side)", "(p.has_side && g + 1 < T::block_k / 16)"), HOPPER),
+    14: Patch(ROWS, "sqrt(variance + eps)", "(sqrt(variance) + eps)", Check(KERNELS, "apply_of_silu")),
+    15: Patch(ROWS, "sqrt(variance + eps)", "sqrt(variance + W(1e-3))", TABLE),
+    16: Patch(PASSES, "(beta ? beta[c] : W(0)) - mean", "(beta && scale != W(0) ? beta[c] : W(0)) - mean", TABLE),
+    17: Patch(PASSES, "rstd * gamma[c]", "rstd * gamma[c + 1 == C ? 0 : c]", TABLE),
+    18: Patch(PASSES, "rstd * gamma[c]", "rstd * (gamma[c] < W(0) ? -gamma[c] : gamma[c])", TABLE),
+    19: Patch(CONV, SOURCE, SOURCE.replace("Source& s", "Source& original")
+              .replace(";\n", ";\n      Source s = original;\n", 1)
+              + "      if (channel + 8 == s.channels && s.act == Act::relu) s.act = Act::silu;\n", HOPPER),
+    20: Patch(EPILOGUE, SIDE, "      float once[2];\n" + ROUND.replace("stored[h]", "once")
+              + "      low = once[0];\n      high = once[1];\n" + SIDE, HOPPER),
+    21: Patch(CONV, WAITED, WAITED + "#pragma unroll\n  for (int m = 0; m < T::blocks; ++m)\n"
+              "    for (float& v : acc[m]) v = hw::low_half<false>(hw::pack<false>(v, 0.f));\n", HOPPER),
+    22: Absent(NO_CODE, "convolutions of 16-bit operands alone; float32 is refused"),
+    23: Absent(NO_CODE, "no Winograd"),
+    26: Patch(STATS, "pivot[t][j] = s.first[j][column] / count;", "pivot[t][j] = W(0);",
+              Check(KERNELS, "keep_their_digits")),
+    28: Patch(STATS, "+ parts.offset(part, c)) * parts.counts[part];\n          rows += parts.counts[part];",
+              "+ parts.offset(part, c));\n          rows += W(1);", Check(KERNELS, "merge_of_moments")),
+    29: Patch(LAUNCH_PASSES, RETURNED, RETURNED + PREVIOUS, Check(PRIMITIVES, "channel_stats and cuda")),
+    30: Patch(EPILOGUE, SIDE + ROUND, ROUND + SIDE, HOPPER),
+    32: Patch(EPILOGUE, "g[i] = v[i] <= 0.f ? 0.f : g[i];", "g[i] = v[i] < 0.f ? 0.f : g[i];", HOPPER),
+    33: Patch(EPILOGUE, "const float v[2] = {hw::fused(x[0], scale[0], shift[0]), hw",
+              "(void)scale, (void)shift;\n      const float v[2] = {x[0], true ? x[1] : hw", HOPPER),
+    34: Patch(PASSES, "v = v - mean_g[j] - (", "v = v - (", Check(KERNELS, "bn_bwd_apply")),
+    35: Patch(PASSES, "v = v - mean_g[j] - (widen(of_x[u].v[j]) - mean[j]) * of_xhat[j];", "v = v - mean_g[j];",
+              Check(KERNELS, "bn_bwd_apply")),
+    36: Patch(INDEX, "(parity + pad_low - first) / step, -1};",
+              "(parity + pad_low - first) / step - (first < taps ? (taps - first - 1) / step : 0), 1};", HOPPER),
+    37: Patch(LAUNCH, "source = _source(e, True, x, stats, gamma, beta, p.eps, p.act, p.slope, rng, dropping, stream)",
+              "source = _Source(aligned(_widened(x)))", Check(EXACT, "integers_are_exact and cuda-wgrad")),
+    38: Patch(LAUNCH, '"slabs": len(partial)', '"slabs": max(1, len(partial) - 1)',
+              Check(PRIMITIVES, "test_parity and cuda-dgrad-statistics")),
+    39: Patch(PASSES, DROP, ALTERED % "scale = W(1)", BACKWARD),
+    40: Patch(PASSES, DROP, ALTERED % "offset += 1", BACKWARD),
+    42: Patch(EPILOGUE, "v[i] = hw::max_nan(v[i], 0.f);", "v[i] = v[i] > 0.f ? v[i] : 0.f;",
+              Check(NARROW, "not_numbers")),
+    43: Patch("setup.py", '"-std=c++17 -O3 -Xcompiler', '"-std=c++17 -O3 -ftz=true -Xcompiler',
+              Check("tests/backends/test_cuda_code.py", "denormals")),
+    44: Patch(CONV, OTHERS, "  for (int n = 1; n < splits; ++n) {\n    const int s = (job % splits + n) % splits;\n",
+              Check(NARROW, "schedule")),
+    45: Patch(STATS, "if (i >= count) return;", "if (i > count) return;",
+              Check("tests/backends/test_guards.py", "past_the_end and cuda-dgrad")),
+    46: Patch(LAUNCH_PASSES, "memory_format=torch.channels_last) if into is None else into",
+              "memory_format=torch.channels_last) if into is None else into\n    y = x if p == 0 else y",
+              Check(EXACT, "inputs_stay and cuda-wgrad")),
+    47: Patch(LAUNCH_PASSES, STREAM, "stream = 0", Check("tests/backends/test_cuda.py", "current_stream")),
+    48: Patch(CONV, "hw::barrier_wait(base + M::barrier(M::kBEmpty + b.index), b.phase ^ 1);", "", HOPPER),
+}  # fmt: skip
