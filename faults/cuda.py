@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from faults.patch import NO_CODE, Absent, Check, Patch
 
-CONV, EPILOGUE, INDEX, PLAN, ROWS, PASSES, STATS = (
+CONV, EPILOGUE, INDEX, PLAN, ROWS, PASSES, FOLD, STATS = (
     f"csrc/cuda/{name}"
     for name in (
         "sm90_conv.cuh", "sm90_epilogue.cuh", "sm90_index.h", "sm90_plan.h", "common_rows.cuh", "common_passes.cu",
-        "common_stats.cu",
+        "common_fold.cu", "common_stats.cu",
     )
 )  # fmt: skip
 LAUNCH, LAUNCH_PASSES = "wrn_fast/kernels/cuda_launch.py", "wrn_fast/kernels/cuda_passes.py"
@@ -42,7 +42,8 @@ DROP = """for (int j = 0; j < V; ++j) v[j] = widen(of_da[u].v[j]);
 ALTERED = DROP.replace("dropped.template", "{\n Dropped<W> other(mask);\n other.%s;\n other.template").replace(
     "at);", "at);\n }"
 )
-STREAM = "stream = 0 if index is None else torch.cuda.current_stream(index).cuda_stream"
+STREAM = 'return torch.cuda.current_stream(device.index).cuda_stream if device.type == "cuda" else 0'
+GAMMA, BETA = "number<W>(f.gamma, f.affine_dtype, c)", "number<W>(f.beta, f.affine_dtype, c)"
 RETURNED = "    e.channel_stats(**rows_of(x), x=ptr(x), stats=ptr(out), workspace=ptr(workspace), stream=stream)\n"
 PREVIOUS = """    last = stats_of.__dict__
     out, last[x.shape[1]] = last.get(x.shape[1], out), out
@@ -55,8 +56,8 @@ PATCHES: dict[int, Patch | Absent] = {
              "if (p.has_y && (p.schedule.k_blocks == 1 || j.k_block + 1 < p.schedule.k_blocks)) store_rows<T>", HOPPER),
     4: Patch(INDEX, "return s.splits * s.k_blocks * pixel_tiles(s);",
              "return s.splits * s.k_blocks * most(1, pixel_tiles(s) - 1);", HOPPER),
-    5: Patch(CONV, "main = chunks_of(p.source.channels) * columns",
-             "main = (chunks_of(p.source.channels) - (p.source.channels > kChunk)) * columns", HOPPER),
+    5: Patch(CONV, "main = chunks_of(p.source.channels, T::chunk) *",
+             "main = (chunks_of(p.source.channels, T::chunk) - (p.source.channels > T::chunk)) *", HOPPER),
     6: Patch(INDEX, "return {0, 1, taps, -pad_low, 1};", "return {0, 1, most(1, taps - 1), -pad_low, 1};", BRUTE_FORCE),
     7: Patch(CONV, "tap_of(s.columns[k.parity & 1], column), tap_of(s.rows[k.parity >> 1], i));",
              "tap_of(s.rows[k.parity >> 1], i), tap_of(s.columns[k.parity & 1], column));", HOPPER),
@@ -72,9 +73,9 @@ PATCHES: dict[int, Patch | Absent] = {
     13: Patch(EPILOGUE, SIDE, SIDE.replace("(p.has_side)", "(p.has_side && g + 1 < T::block_k / 16)"), HOPPER),
     14: Patch(ROWS, "sqrt(variance + eps)", "(sqrt(variance) + eps)", Check(KERNELS, "apply_of_silu")),
     15: Patch(ROWS, "sqrt(variance + eps)", "sqrt(variance + W(1e-3))", TABLE),
-    16: Patch(PASSES, "(beta ? beta[c] : W(0)) - mean", "(beta && scale != W(0) ? beta[c] : W(0)) - mean", TABLE),
-    17: Patch(PASSES, "rstd * gamma[c]", "rstd * gamma[c + 1 == C ? 0 : c]", TABLE),
-    18: Patch(PASSES, "rstd * gamma[c]", "rstd * (gamma[c] < W(0) ? -gamma[c] : gamma[c])", TABLE),
+    16: Patch(FOLD, f"(f.beta ? {BETA} : W(0)) - mean", f"(f.beta && scale != W(0) ? {BETA} : W(0)) - mean", TABLE),
+    17: Patch(FOLD, f"rstd * {GAMMA}", f"rstd * {GAMMA}".replace("c)", "c + 1 == f.C ? 0 : c)"), TABLE),
+    18: Patch(FOLD, f"rstd * {GAMMA}", f"rstd * ({GAMMA} < W(0) ? -{GAMMA} : {GAMMA})", TABLE),
     19: Patch(CONV, SOURCE, SOURCE.replace("Source& s", "Source& original")
               .replace(";\n", ";\n      Source s = original;\n", 1)
               + "      if (channel + 8 == s.channels && s.act == Act::relu) s.act = Act::silu;\n", HOPPER),
@@ -115,6 +116,6 @@ PATCHES: dict[int, Patch | Absent] = {
     46: Patch(LAUNCH_PASSES, "memory_format=torch.channels_last) if into is None else into",
               "memory_format=torch.channels_last) if into is None else into\n    y = x if p == 0 else y",
               Check(EXACT, "inputs_stay and cuda-wgrad")),
-    47: Patch(LAUNCH_PASSES, STREAM, "stream = 0", Check("tests/backends/test_cuda.py", "current_stream")),
+    47: Patch(LAUNCH_PASSES, STREAM, "return 0", Check("tests/backends/test_cuda.py", "current_stream")),
     48: Patch(CONV, "hw::barrier_wait(base + M::barrier(M::kBEmpty + b.index), b.phase ^ 1);", "", HOPPER),
 }  # fmt: skip
