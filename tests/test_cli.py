@@ -301,7 +301,7 @@ def test_the_module_runs_as_a_command():
 
 
 def test_the_page_is_written_from_its_data(capsys, tmp_path, monkeypatch):
-    page = (({"depth": 10, "width": 1, "act": "silu"}, 1, 1, (torch.float64,)),)
+    page = (({"depth": 10, "width": 1, "act": "silu"}, 1, 1, (torch.float64,), True),)
     monkeypatch.setattr(command, "PAGE", page)
     status, _, _ = run(capsys, "verify", "--seeds", "1", "--write", str(tmp_path))
     data = json.loads((tmp_path / "parity.json").read_text())

@@ -1,13 +1,15 @@
 """How exact float32 convolutions have to be: which algorithms a backend may use.
 
-    fast    whatever is fastest within the operator's bound: Winograd F(4x4,3x3) where it pays (1.0e-6 relative L2)
+    fast    whatever is fastest within the operator's bound: Winograd F(4x4,3x3) where it pays (1.0e-6 relative L2),
+            F(3x3,3x3) in networks of 32 to 63 channels (6e-7)
     f2      at most Winograd F(2x2,3x3), at stride 2 its polyphase form (4e-7); wgrad as in fast (1.2e-6)
     direct  no Winograd: the sums of the definition, in float32
     fp8     inference in e4m3, by ranges that `wrn_fast.fp8.calibrate` found: only inside a `with` block
 
 `WRN_FAST_PRECISION` sets it for the process, `with wrn_fast.precision("direct")` for a block of code.
 `WRN_FAST_PIN_ALGO=1` keeps the choice of algorithm from looking at the batch size, so that an image's bits do not
-depend on its neighbours; `f4`, `f2` or `direct` runs that algorithm wherever it can run, whatever the policy says;
+depend on its neighbours; `f4`, `f3`, `f2` or `direct` runs that algorithm wherever it can run, whatever the policy
+says;
 `measured` runs what `wrn-fast tune` found to be the fastest here, and the policy where it measured nothing.
 """
 

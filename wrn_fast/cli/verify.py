@@ -24,6 +24,7 @@ from wrn_fast.convert import accelerate, archive, load_checkpoint
 from wrn_fast.errors import WrnFastError
 from wrn_fast.model import WideResNet
 from wrn_fast.verify import COLUMNS, DTYPES, Report, markdown, misfit, verify
+from wrn_fast.verify.training import train_briefly
 
 NAME = "verify"
 HELP = "parity of the drop-in, or of a model of yours, against plain PyTorch in float64"
@@ -31,11 +32,12 @@ _NAMES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 BUILT_IN: dict[str, Any] = {
     "depth": 16, "width": 2, "classes": 10, "head": "cosine", "act": "relu", "dropout": 0.0, "block": "B(3,3)",
 }  # fmt: skip
-# What docs/parity.md shows: what differs from BUILT_IN, batch, steps, dtypes.
-PAGE: tuple[tuple[dict[str, Any], int, int, Sequence[torch.dtype]], ...] = (
-    ({"width": 4}, 4, 3, DTYPES),
-    ({"width": 4, "head": "classic", "act": "silu", "dropout": 0.3}, 4, 2, (torch.float32, torch.bfloat16)),
-    ({"depth": 28, "width": 10, "head": "classic"}, 2, 1, (torch.float32,)),
+# What docs/parity.md shows: what differs from BUILT_IN, batch, steps, dtypes, and whether it is trained before.
+PAGE: tuple[tuple[dict[str, Any], int, int, Sequence[torch.dtype], bool], ...] = (
+    ({"width": 4}, 4, 3, DTYPES, False),
+    ({"width": 4, "head": "classic"}, 4, 1, (torch.float32,), True),
+    ({"width": 4, "head": "classic", "act": "silu", "dropout": 0.3}, 4, 2, (torch.float32, torch.bfloat16), False),
+    ({"depth": 28, "width": 10, "head": "classic"}, 2, 1, (torch.float32,), False),
 )
 
 
@@ -194,13 +196,15 @@ def _write_page(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], Seq
     if not folder.is_dir():
         raise WrnFastError(f"`--write`: no folder {folder}")
     reports, lines = [], []
-    for options, batch, steps, dtypes in PAGE:
+    for options, batch, steps, dtypes, trained in PAGE:
         chosen = BUILT_IN | options
         candidate = _drop_in(pool="window", **chosen)
+        if trained:
+            train_briefly(candidate)
         with _progress("WRN-{depth}-{width}".format_map(chosen)) as progress:
             report = verify(
                 candidate, dtypes=dtypes, batch=batch, steps=steps, device=_device(arguments.device),
-                seeds=arguments.seeds, first_seed=arguments.first_seed, progress=progress,
+                randomize=not trained, seeds=arguments.seeds, first_seed=arguments.first_seed, progress=progress,
             )  # fmt: skip
         reports.append(report)
         lines += _lines(report, False)

@@ -141,7 +141,8 @@ def verify(
                 _check_outputs(want, fast)
     settings = {
         "candidate": _title(a), "reference": _title(plain), "seeds": seeds, "first seed": first_seed, "batch": batch,
-        "size": size, "steps": steps, "gradients": rule, "precision": current(),
+        "size": size, "steps": steps, "gradients": rule, "BatchNorm": "drawn" if randomize else "the model's own",
+        "precision": current(),
     }  # fmt: skip
     cells = tuple(pool.judge() for pool in pools.values())
     return Report(cells, settings, machine.head(device), time.perf_counter() - began)
