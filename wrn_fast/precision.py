@@ -9,8 +9,7 @@
 `WRN_FAST_PRECISION` sets it for the process, `with wrn_fast.precision("direct")` for a block of code.
 `WRN_FAST_PIN_ALGO=1` keeps the choice of algorithm from looking at the batch size, so that an image's bits do not
 depend on its neighbours; `f4`, `f3`, `f2` or `direct` runs that algorithm wherever it can run, whatever the policy
-says;
-`measured` runs what `wrn-fast tune` found to be the fastest here, and the policy where it measured nothing.
+says; `measured` runs what `wrn-fast tune` found to be the fastest here, and the policy where it measured nothing.
 """
 
 from __future__ import annotations
