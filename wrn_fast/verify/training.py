@@ -16,7 +16,7 @@ def train_briefly(model: nn.Module, size: int = 32) -> None:
     direction, as an inexact constant gives it, adds up from layer to layer.
 
     Args:
-        model: classifies [N, 3, size, size] into at least 3 classes; left in training mode.
+        model: classifies [N, 3, size, size] into at least 3 classes, logits alone or first; left in training mode.
         size: of the images.
     """
     device = next(model.parameters()).device
@@ -27,5 +27,6 @@ def train_briefly(model: nn.Module, size: int = 32) -> None:
         images = torch.randn(BATCH, 3, size, size, device=device)
         images += 0.5 * nn.functional.one_hot(labels, 3)[:, :, None, None]
         optimizer.zero_grad(set_to_none=True)
-        cross_entropy(model(images), labels).backward()
+        out = model(images)
+        cross_entropy(out[0] if isinstance(out, tuple) else out, labels).backward()
         optimizer.step()
