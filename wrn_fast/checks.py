@@ -364,17 +364,9 @@ def head_problem(
 
 
 def head_bwd_problem(
-    dfeat: Tensor,
-    y: Tensor,
-    stats: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    act: str,
-    slope: float,
-    eps: float,
-    batch_stats: bool,
-    want_sums: bool,
-) -> ConvProblem:
+    dfeat: Tensor, y: Tensor, stats: Tensor | None, gamma: Tensor | None, beta: Tensor | None, act: str, slope: float,
+    eps: float, batch_stats: bool, want_sums: bool,
+) -> ConvProblem:  # fmt: skip
     """The problem of head_bwd, checked."""
     problem = _plain_problem(
         y, act=act, slope=slope, eps=eps, prologue=stats is not None, affine=gamma is not None or beta is not None,

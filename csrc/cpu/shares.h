@@ -1,9 +1,9 @@
 // Items 0..n-1 in contiguous shares, one a thread: a thread takes its own from the front and, when it has none left,
 // others' from the back.
 //
-// Layer after layer a thread so meets the images that it wrote itself. Where two cores have no third-level cache in
-// common (34 ns or 165 ns for a line to change hands, by where a virtual machine's processors happen to run), handing
-// out chunks in the order of arrival made WRN-40-2 take 67 ms a batch of 32 instead of 48.
+// Layer after layer a thread so meets the images that it wrote itself. Where a cache line takes 165 ns from core to
+// core (34 where they seem to have a third-level cache in common; on a virtual machine that changes by the minute),
+// chunks handed out in the order of arrival made a batch of 32 of WRN-40-2 take 67 ms, shares 53.
 #pragma once
 
 #include <atomic>
