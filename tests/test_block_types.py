@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from convert.networks import assert_equal, calls, masks_of, noted_draws, observe, randomised
+from convert.networks import assert_equal, calls, masks_of, noted_draws, observe
+from models import shake
 from torch import nn
 
 import wrn_fast
@@ -21,9 +22,9 @@ def smallest(block):
 
 
 def pair(block, k=1, rate=0.0, blocks=1, dtype=DOUBLE, **options):
-    """A randomised reference and a drop-in with its weights."""
+    """A shake reference and a drop-in with its weights."""
     depth = blocks * (smallest(block) - 4) + 4
-    ref = randomised(reference.WideResNet(depth, 5, k, rate, block=block, head="classic", **options)).to(dtype)
+    ref = shake(reference.WideResNet(depth, 5, k, rate, block=block, head="classic", **options)).to(dtype)
     fast = wrn_fast.WideResNet(depth, 5, k, rate, block=block, head="classic", **options).to(dtype)
     fast.load_state_dict(ref.state_dict(), strict=True)
     return ref, fast

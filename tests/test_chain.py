@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from models import shake
 
 from wrn_fast import block, chain, dispatch, packing
 from wrn_fast.block import run_chain
@@ -13,13 +14,7 @@ pytestmark = pytest.mark.native
 
 
 def network(**options):
-    model = WideResNet(16, 10, 2, options.pop("dropRate", 0.0), **options).eval()
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.normal_(module.running_mean, 0.0, 0.3)
-            torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
-            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-    return model
+    return shake(WideResNet(16, 10, 2, options.pop("dropRate", 0.0), **options).eval())
 
 
 @pytest.fixture
@@ -53,6 +48,14 @@ def test_bits_are_those_of_the_operators(options, batch, calls, monkeypatch):
             got, want = ((v,) if isinstance(v, torch.Tensor) else v for v in (got, want))
             assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     assert calls == [True] * 3
+
+
+def test_bits_under_autocast(calls, monkeypatch):
+    """The stem hands over bfloat16, which is what the operators would cast to."""
+    model, x = network(head="classic"), torch.randn(2, 3, 32, 32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got, want = model(x), by_operators(model, x, monkeypatch)
+    assert got.dtype == torch.bfloat16 and torch.equal(got, want) and calls == [True]
 
 
 def test_dropout_in_inference_has_the_masks_of_the_operators(calls, monkeypatch):
@@ -94,25 +97,25 @@ def test_bfloat16(calls):
 
 
 def test_where_it_may_not_serve(calls):
-    """Autograd, training, a listener, autocast, another backend, statistics of another dtype."""
+    """Autograd, training, a listener, a cast to come, another backend, statistics of another dtype."""
     model, x = network(), torch.randn(2, 3, 32, 32)
     model(x)
     with torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16):
-            model(x)
+            assert chain.run_blocks([model.block1.layer[0].parts()], torch.randn(1, 16, 8, 8)) is None
         with dispatch.backend("aten"):
             model(x)
         model.train()
         model(x)
         model.eval()
-        assert calls == [False] * 4
+        assert calls == [False] * 3
         seen = []
         handle = model.block2.layer[0].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
         model(x)
         handle.remove()
-        assert seen == [(2, 64, 16, 16)] and calls == [False] * 4
+        assert seen == [(2, 64, 16, 16)] and calls == [False] * 3
         model(x)
-        assert calls[4:] == [True]
+        assert calls[3:] == [True]
         model.block1.layer[0].bn1.double()
         del calls[:]
         with pytest.raises(RuntimeError):

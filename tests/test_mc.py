@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from convert.networks import FAMILIES, calls, noted_draws, randomised
+from convert.networks import FAMILIES, calls, noted_draws
 from families import family_m, family_x
+from models import shake
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -20,7 +21,7 @@ DOUBLE = torch.float64
 
 def ours(head="cosine", rate=0.3, depth=10):
     net = WideResNet(depth, 5, 1, rate, head=head, dropout_in_eval=head == "cosine")
-    return randomised(net).double()
+    return shake(net).double()
 
 
 def image(n=2):
@@ -119,7 +120,7 @@ def test_a_generator_reproduces_and_leaves_the_default_alone():
 @pytest.mark.parametrize("name", ["x dict", "x widths", "x normalised", "m", "reference"])
 @pytest.mark.parametrize("training", [False, True])
 def test_flags_and_statistics_are_as_before(name, training):
-    net = accelerate(randomised(FAMILIES[name](0.3))).train(training)
+    net = accelerate(shake(FAMILIES[name](0.3))).train(training)
     flags = [(m.training, m.__dict__.get("dropout_in_eval")) for m in net.modules()]
     before = {k: v.clone() for k, v in net.state_dict().items()}
     got = mc_predict(net, image(3).float(), 5)
@@ -166,7 +167,7 @@ def test_loaders_of_tuples_and_of_tensors(capsys):
 
 
 def test_unaccelerated_models_with_dropout_modules_work():
-    net = randomised(family_m.WideResNet(10, 1, 0.3))
+    net = shake(family_m.WideResNet(10, 1, 0.3))
     got = mc_predict(net, image().float(), 6)
     assert got.variance.min() > 0 and calls(lambda: net(image().float()))["fprop"] == 0
 

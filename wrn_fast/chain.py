@@ -27,8 +27,8 @@ def run_blocks(blocks: Sequence[Any], x: Tensor) -> Tensor | None:
 
     Returns:
         [N, K, P, Q], equal bit for bit to the blocks' own operators, masks of dropout included; None under autograd, a
-        compiler, autocast, a dispatch mode or precision("fp8"), where BatchNorm uses the batch, and where the backend
-        has no chain.
+        compiler, autocast to another dtype, a dispatch mode or precision("fp8"), where BatchNorm uses the batch, and
+        where the backend has no chain.
     """
     if not plain_inference(x):
         return None
@@ -44,7 +44,7 @@ def run_blocks(blocks: Sequence[Any], x: Tensor) -> Tensor | None:
 
 
 def plain_inference(x: Tensor) -> bool:
-    """Is x a plain batch of images, and does nobody but the caller look: autograd, a compiler, autocast, a mode?"""
+    """Is x a plain batch of images, and does nobody but the caller look: autograd, a compiler, a cast, a mode?"""
     return (
         type(x) is Tensor
         and x.dim() == 4
@@ -56,7 +56,7 @@ def plain_inference(x: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and x.device.type != "meta"
-        and not torch.is_autocast_enabled(x.device.type)
+        and not (torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) != x.dtype)
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
         and torch.autograd.forward_ad._current_level < 0

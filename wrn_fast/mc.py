@@ -252,8 +252,10 @@ class _SharedStage(_Stage):
             y, _ = run_block(parts, y, None)
         model = self.model
         assert isinstance(model, WideResNet)
-        result, feature = model.finish(y), model.pooled(y)
-        return _split(result[0] if isinstance(result, tuple) else result, feature, count)
+        result = model.finish(y)
+        # The cosine head has made the feature already.
+        out, feature = result if isinstance(result, tuple) else (result, model.pooled(y))
+        return _split(out, feature, count)
 
 
 def _stage(model: nn.Module, x: Tensor) -> _Stage:

@@ -134,11 +134,10 @@ class WideResNet(reference.WideResNet):
 
     def _prologue(self, y: Tensor) -> dict[str, Any] | None:
         """What stands before the mean over the image, as arguments of `head`; None where the modules have to run."""
-        m: dict[str, Any] = self._modules
-        bn, fc = m["bn1"], m["fc"]
-        act = activation(m["relu"])
         if not dispatch.beyond_aten("head", y.device.type, y.dtype):
             return None
+        m: dict[str, Any] = self._modules
+        bn, fc, act = m["bn1"], m["fc"], activation(m["relu"])
         window = self.pool == "window" and tuple(y.shape[2:]) != (8, 8)
         if window or type(fc) is not nn.Linear or hooked(fc) or _has_any_global_hook() or self._pools_differently():
             return None

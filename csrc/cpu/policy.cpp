@@ -25,9 +25,8 @@ bool f3_saves(int64_t height, int64_t width) {
 Algo choose_algo(const ConvShape& s, bool dgrad, Pin pin) {
   // 25 products for 36: 1.74 ms an image against 2.24 at 160 to 320 and at 320 to 640 channels, one core, and 95 us
   // against 110 at 32 to 64, where the transforms weigh more. Its error is F(2x2)'s.
-  if (polyphase_serves(s, dgrad) &&
-      (pin == Pin::f2 || (s.C >= 32 && s.K >= 32 && pin != Pin::direct && pin != Pin::f4 && pin != Pin::f3)))
-    return Algo::f2s2;
+  const bool pinned = pin != Pin::none && pin != Pin::batch;
+  if (polyphase_serves(s, dgrad) && (pinned ? pin == Pin::f2 : s.C >= 32 && s.K >= 32)) return Algo::f2s2;
   if (!winograd_serves(s, dgrad) || pin == Pin::direct) return Algo::direct;
   if (pin == Pin::f4) return Algo::f4;
   if (pin == Pin::f3) return Algo::f3;

@@ -29,15 +29,7 @@ struct Quantize {
       const Place place(walk, block.y, t);
       if (!place.active) return;
       const int c = place.vector * V;
-      float scale[V], shift[V];
-      channels(gamma, c, 1.f, scale);
-      channels(beta, c, 0.f, shift);
-#pragma unroll
-      for (int j = 0; j < V; ++j) {
-        if (!stats) continue;
-        scale[j] *= reciprocal_deviation(stats[C + c + j], eps);
-        shift[j] -= stats[c + j] * scale[j];
-      }
+      const Normalization<V, float> bn(stats, gamma, beta, C, eps, c);
       const Dropped<float> dropped(mask);
       const float unit = kLargest / *amax;
       const int64_t begin = block.x * block_rows, end = begin + block_rows < rows ? begin + block_rows : rows;
@@ -53,7 +45,7 @@ struct Quantize {
 #pragma unroll
             for (int j = 0; j < V; ++j) {
               v[j] = widen(in[u][j / kHalf].v[j % kHalf]);
-              if (stats) v[j] = v[j] * scale[j] + shift[j];
+              if (stats) v[j] = bn(v[j], j);
               v[j] = activate(v[j], act, slope);
             }
             if constexpr (kDrop) dropped.template drop<V>(v, row * C + c);

@@ -45,14 +45,7 @@ struct ClassifyImage {
         W sum[V] = {};
         if (place.active) {
           const int c = place.vector * V;
-          W mean[V], scale[V], shift[V];
-          channels(stats, c, W(0), mean);
-          channels(gamma, c, W(1), scale);
-          channels(beta, c, W(0), shift);
-#pragma unroll
-          for (int j = 0; j < V; ++j) {
-            if (stats) scale[j] *= reciprocal_deviation(stats[C + c + j], static_cast<W>(eps));
-          }
+          const Normalization<V, W> bn(stats, gamma, beta, C, static_cast<W>(eps), c);
           Vector<T, V> in[kInFlight];
           each_row<kInFlight>(
               walk, place, 0, pixels, [&](int u, int64_t row) { in[u] = load<V>(image + row * C + c); },
@@ -60,7 +53,7 @@ struct ClassifyImage {
 #pragma unroll
                 for (int j = 0; j < V; ++j) {
                   W v = widen(in[u].v[j]);
-                  if (stats) v = (v - mean[j]) * scale[j] + shift[j];
+                  if (stats) v = bn(v, j);
                   sum[j] += activate(v, act, static_cast<W>(slope));
                 }
               });

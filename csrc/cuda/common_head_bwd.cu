@@ -22,30 +22,16 @@ struct GradientOfImage {
   int C;
   Act act;
 
-  struct Channels {
-    W mean[V], scale[V], shift[V], rstd[V];
-  };
-
-  WRN_DEVICE void read(int c, Channels& at) const {
-    channels(stats, c, W(0), at.mean);
-    channels(gamma, c, W(1), at.scale);
-    channels(beta, c, W(0), at.shift);
-#pragma unroll
-    for (int j = 0; j < V; ++j) {
-      at.rstd[j] = stats ? reciprocal_deviation(stats[C + c + j], static_cast<W>(eps)) : W(1);
-      at.scale[j] *= at.rstd[j];
-    }
-  }
+  WRN_DEVICE Normalization<V, W> channels_from(int c) const { return {stats, gamma, beta, C, static_cast<W>(eps), c}; }
 
   // g of pixel `row` of all, and y - mean.
-  WRN_DEVICE void make(const Channels& at, const Vector<T, V>& v, int64_t row, int c, W (&g)[V],
+  WRN_DEVICE void make(const Normalization<V, W>& bn, const Vector<T, V>& v, int64_t row, int c, W (&g)[V],
                        W (&centered)[V]) const {
     const W* const of_image = dfeat + static_cast<int64_t>(static_cast<uint32_t>(row) / pixels) * C + c;
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      centered[j] = widen(v.v[j]) - at.mean[j];
-      g[j] = activate_backward(of_image[j] / static_cast<W>(pixels), centered[j] * at.scale[j] + at.shift[j], act,
-                               static_cast<W>(slope));
+      centered[j] = widen(v.v[j]) - bn.mean[j];
+      g[j] = activate_backward(of_image[j] / static_cast<W>(pixels), bn(widen(v.v[j]), j), act, static_cast<W>(slope));
     }
   }
 };
@@ -53,9 +39,7 @@ struct GradientOfImage {
 template <class T, int V>
 struct HeadSums {
   using W = Wide<T>;
-  struct Shared {
-    W first[V][kThreads], second[V][kThreads];
-  };
+  using Shared = SumPair<V, W>;
 
   Walk walk;
   GradientOfImage<T, V> gradient;
@@ -69,30 +53,24 @@ struct HeadSums {
       W sum[V] = {}, product[V] = {};
       if (place.active) {
         const int c = place.vector * V;
-        typename GradientOfImage<T, V>::Channels at;
-        gradient.read(c, at);
+        const auto bn = gradient.channels_from(c);
         const int64_t begin = block.x * tile_rows, end = begin + tile_rows < rows ? begin + tile_rows : rows;
         Vector<T, V> in[kInFlight / 2];
         each_row<kInFlight / 2>(
             walk, place, begin, end, [&](int u, int64_t row) { in[u] = load<V>(gradient.y + row * C + c); },
             [&](int u, int64_t row) {
               W g[V], centered[V];
-              gradient.make(at, in[u], row, c, g, centered);
+              gradient.make(bn, in[u], row, c, g, centered);
 #pragma unroll
               for (int j = 0; j < V; ++j) {
                 sum[j] += g[j];
-                product[j] += g[j] * (centered[j] * at.rstd[j]);
+                product[j] += g[j] * (centered[j] * bn.rstd[j]);
               }
             });
       }
-#pragma unroll
-      for (int j = 0; j < V; ++j) {
-        s.first[j][t] = sum[j];
-        s.second[j][t] = product[j];
-      }
+      s.put(t, sum, product);
     });
-    add_lanes(block, walk.columns, walk.lanes, s.first);
-    add_lanes(block, walk.columns, walk.lanes, s.second);
+    s.add(block, walk);
     block.each([&](int t) {
       const Place place(walk, block.y, t);
       if (!place.active || place.lane > 0) return;
@@ -123,14 +101,13 @@ struct HeadGradient {
       const Place place(walk, block.y, t);
       if (!place.active) return;
       const int c = place.vector * V;
-      typename GradientOfImage<T, V>::Channels at;
-      gradient.read(c, at);
+      const auto bn = gradient.channels_from(c);
       W mean_g[V] = {}, of_centered[V] = {};
       if (sums) {
 #pragma unroll
         for (int j = 0; j < V; ++j) {
           mean_g[j] = sums[c + j] / static_cast<W>(rows);
-          of_centered[j] = sums[C + c + j] / static_cast<W>(rows) * at.rstd[j];
+          of_centered[j] = sums[C + c + j] / static_cast<W>(rows) * bn.rstd[j];
         }
       }
       const int64_t begin = block.x * block_rows, end = begin + block_rows < rows ? begin + block_rows : rows;
@@ -139,12 +116,12 @@ struct HeadGradient {
           walk, place, begin, end, [&](int u, int64_t row) { in[u] = load<V>(gradient.y + row * C + c); },
           [&](int u, int64_t row) {
             W g[V], centered[V];
-            gradient.make(at, in[u], row, c, g, centered);
+            gradient.make(bn, in[u], row, c, g, centered);
             Vector<T, V> out;
 #pragma unroll
             for (int j = 0; j < V; ++j) {
               const W v = sums ? g[j] - mean_g[j] - centered[j] * of_centered[j] : g[j];
-              out.v[j] = narrow<T>(v * at.scale[j]);
+              out.v[j] = narrow<T>(v * bn.scale[j]);
             }
             store(dy + row * C + c, out);
           });
@@ -155,11 +132,8 @@ struct HeadGradient {
 }  // namespace
 
 int64_t head_bwd_workspace(DType dtype, int64_t N, int pixels, int C) {
-  const Rows shape{dtype, N * pixels, C};
-  const int64_t vectors = Tiling(shape, Walk(static_cast<int>(ceil_div(C * size_of(dtype), 16)))).tiles;
-  const int64_t single = Tiling(shape, Walk(C)).tiles, tiles = vectors > single ? vectors : single;
-  const DType wide = wide_of(dtype);
-  return tiles * 2 * C * size_of(wide) + add_slabs_workspace(wide, tiles, 2 * C);
+  // The same two sums of each channel.
+  return act_backward_workspace({dtype, N * pixels, C});
 }
 
 void head_bwd(const HeadBackward& h, Stream stream) {

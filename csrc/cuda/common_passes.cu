@@ -25,14 +25,7 @@ struct Apply {
       const Place place(walk, block.y, t);
       if (!place.active) return;
       const int c = place.vector * V;
-      W mean[V], scale[V], shift[V];
-      channels(stats, c, W(0), mean);
-      channels(gamma, c, W(1), scale);
-      channels(beta, c, W(0), shift);
-      if (stats) {
-#pragma unroll
-        for (int j = 0; j < V; ++j) scale[j] *= reciprocal_deviation(stats[C + c + j], static_cast<W>(eps));
-      }
+      const Normalization<V, W> bn(stats, gamma, beta, C, static_cast<W>(eps), c);
       const Dropped<W> dropped(mask);
       const int64_t begin = block.x * block_rows, end = begin + block_rows < rows ? begin + block_rows : rows;
       Vector<T, V> in[kInFlight];
@@ -44,7 +37,7 @@ struct Apply {
 #pragma unroll
             for (int j = 0; j < V; ++j) {
               v[j] = widen(in[u].v[j]);
-              if (stats) v[j] = (v[j] - mean[j]) * scale[j] + shift[j];
+              if (stats) v[j] = bn(v[j], j);
               v[j] = activate(v[j], act, static_cast<W>(slope));
             }
             if constexpr (kDrop) dropped.template drop<V>(v, at);
@@ -112,9 +105,7 @@ struct BnBackward {
 template <class T, int V, bool kDrop>
 struct ActBackward {
   using W = Wide<T>;
-  struct Shared {
-    W first[V][kThreads], second[V][kThreads];
-  };
+  using Shared = SumPair<V, W>;
 
   Walk walk;
   const T *da, *x;
@@ -127,20 +118,13 @@ struct ActBackward {
   int C;
   Act act;
 
-  WRN_DEVICE W rstd(int c) const { return stats ? reciprocal_deviation(stats[C + c], static_cast<W>(eps)) : W(1); }
-
   WRN_DEVICE void operator()(const Block& block, Shared& s) const {
     block.each([&](int t) {
       const Place place(walk, block.y, t);
       W sum[V] = {}, product[V] = {};
       if (place.active) {
         const int c = place.vector * V;
-        W mean[V], scale[V], shift[V];
-        channels(stats, c, W(0), mean);
-        channels(gamma, c, W(1), scale);
-        channels(beta, c, W(0), shift);
-#pragma unroll
-        for (int j = 0; j < V; ++j) scale[j] *= rstd(c + j);
+        const Normalization<V, W> bn(stats, gamma, beta, C, static_cast<W>(eps), c);
         const Dropped<W> dropped(mask);
         const int64_t begin = block.x * tile_rows, end = begin + tile_rows < rows ? begin + tile_rows : rows;
         Vector<T, V> of_da[kInFlight / 2], of_x[kInFlight / 2];
@@ -159,24 +143,20 @@ struct ActBackward {
               Vector<T, V> out;
 #pragma unroll
               for (int j = 0; j < V; ++j) {
-                const W centered = widen(of_x[u].v[j]) - mean[j];
-                out.v[j] =
-                    narrow<T>(activate_backward(v[j], centered * scale[j] + shift[j], act, static_cast<W>(slope)));
+                const W value = widen(of_x[u].v[j]);
+                out.v[j] = narrow<T>(activate_backward(v[j], bn(value, j), act, static_cast<W>(slope)));
                 sum[j] += widen(out.v[j]);
-                product[j] += widen(out.v[j]) * centered;
+                product[j] += widen(out.v[j]) * (value - bn.mean[j]);
               }
               store(g + at, out);
             });
-      }
 #pragma unroll
-      for (int j = 0; j < V; ++j) {
-        s.first[j][t] = sum[j];
-        s.second[j][t] = product[j];
+        for (int j = 0; j < V; ++j) product[j] *= bn.rstd[j];
       }
+      s.put(t, sum, product);
     });
     if (!partial) return;
-    add_lanes(block, walk.columns, walk.lanes, s.first);
-    add_lanes(block, walk.columns, walk.lanes, s.second);
+    s.add(block, walk);
     block.each([&](int t) {
       const Place place(walk, block.y, t);
       if (!place.active || place.lane > 0) return;
@@ -184,7 +164,7 @@ struct ActBackward {
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         to[j] = s.first[j][t];
-        to[C + j] = s.second[j][t] * rstd(place.vector * V + j);
+        to[C + j] = s.second[j][t];
       }
     });
   }

@@ -126,6 +126,25 @@ WRN_DEVICE void add_lanes(const Block& block, int columns, int lanes, W (&acc)[V
   }
 }
 
+// Two sums of each channel, over the lanes of a block.
+template <int V, class W>
+struct SumPair {
+  W first[V][kThreads], second[V][kThreads];
+
+  WRN_DEVICE void put(int t, const W (&a)[V], const W (&b)[V]) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      first[j][t] = a[j];
+      second[j][t] = b[j];
+    }
+  }
+  // The sums are then in lane 0.
+  WRN_DEVICE void add(const Block& block, const Walk& walk) {
+    add_lanes(block, walk.columns, walk.lanes, first);
+    add_lanes(block, walk.columns, walk.lanes, second);
+  }
+};
+
 template <class W>
 WRN_DEVICE W reciprocal_deviation(W variance, W eps) {
   return W(1) / sqrt(variance + eps);
@@ -137,6 +156,25 @@ WRN_DEVICE void channels(const W* from, int c, W missing, W (&to)[V]) {
 #pragma unroll
   for (int j = 0; j < V; ++j) to[j] = from ? from[c + j] : missing;
 }
+
+// BatchNorm of the V channels from `c` on: bn(v) = (v - mean) * scale + shift. Without statistics mean is 0 and rstd 1.
+template <int V, class W>
+struct Normalization {
+  W mean[V], scale[V], shift[V], rstd[V];
+
+  WRN_DEVICE Normalization(const W* stats, const W* gamma, const W* beta, int C, W eps, int c) {
+    channels(stats, c, W(0), mean);
+    channels(gamma, c, W(1), scale);
+    channels(beta, c, W(0), shift);
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      rstd[j] = stats ? reciprocal_deviation(stats[C + c + j], eps) : W(1);
+      scale[j] *= rstd[j];
+    }
+  }
+
+  WRN_DEVICE W operator()(W v, int j) const { return (v - mean[j]) * scale[j] + shift[j]; }
+};
 
 // Entry i of a vector of any dtype.
 template <class W>

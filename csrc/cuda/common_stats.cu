@@ -19,9 +19,7 @@ static_assert(kMostTiles == kGroup * kGroup, "two merges are enough");
 template <class T, int V>
 struct ChannelStats {
   using W = Wide<T>;
-  struct Shared {
-    W first[V][kThreads], second[V][kThreads];
-  };
+  using Shared = SumPair<V, W>;
   // The channels of a thread of lane 0, over the chunks so far.
   struct Running {
     W pivot[V], offset[V], m2[V];
@@ -83,14 +81,9 @@ struct ChannelStats {
             }
           }
         }
-#pragma unroll
-        for (int j = 0; j < V; ++j) {
-          s.first[j][t] = sum[j];
-          s.second[j][t] = squares[j];
-        }
+        s.put(t, sum, squares);
       });
-      add_lanes(block, walk.columns, walk.lanes, s.first);
-      add_lanes(block, walk.columns, walk.lanes, s.second);
+      s.add(block, walk);
       block.each([&](int t) {
         const Place place(walk, block.y, t);
         if (!place.active || place.lane > 0) return;
@@ -140,9 +133,7 @@ struct Parts {
 // A group of kGroup parts into one part of three planes; the last group of all into stats [2, C].
 template <class W, int kPlanes>
 struct Merge {
-  struct Shared {
-    W first[1][kThreads], second[1][kThreads];
-  };
+  using Shared = SumPair<1, W>;
 
   Parts<W, kPlanes> parts;
   W *counts, *values, *stats;

@@ -5,13 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from backends import cuda_on_cpu
+from backends.harness import CELLS
 
 from wrn_fast import dispatch, packing
-from wrn_fast.backends import BACKENDS, cuda
+from wrn_fast.backends import cuda
 from wrn_fast.kernels import cuda_launch
-
-# On the CPU the convolutions of `cuda` are plain loops: `make test` draws some of its cells, `make test-all` runs all.
-CELLS = [pytest.param(name, marks=pytest.mark.rotate(20) if name == "cuda" else ()) for name in BACKENDS]
 
 
 @pytest.fixture(params=CELLS)

@@ -9,10 +9,13 @@ import torch
 from kernels import oracle
 
 from wrn_fast import dispatch, ops
+from wrn_fast.backends import BACKENDS
 from wrn_fast.problem import TENSORS
 
 # Relu's derivative is a lottery where the pre-activation is within rounding of 0.
 KINK = 1e-5
+# On the CPU the convolutions of `cuda` are plain loops: `make test` draws some of its cells, `make test-all` runs all.
+CELLS = [pytest.param(name, marks=pytest.mark.rotate(20) if name == "cuda" else ()) for name in BACKENDS]
 ALGORITHM = {"fprop": "f4", "dgrad": "f4", "wgrad": "wgrad"}
 
 

@@ -1,16 +1,21 @@
-"""The head of every backend beside eager, through the operators. A backend that has none is a skip that says so."""
+"""The head of every backend that has one beside eager, through the operators."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from backends.harness import device_of
+from backends.harness import CELLS, device_of
 from head_cases import build
 
 from wrn_fast import dispatch, ops, parity
 from wrn_fast.checks import channel_stats_problem
 
-pytestmark = pytest.mark.filterwarnings("ignore::wrn_fast.FallbackWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::wrn_fast.FallbackWarning"),
+    pytest.mark.parametrize(
+        "backend", [cell for cell in CELLS if hasattr(dispatch.load(cell.values[0]), "head")], indirect=True
+    ),
+]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 MODES = {
@@ -25,9 +30,7 @@ SIZES = {"8x8": {"h": 8, "w": 8, "c": 24, "k": 10}, "odd": {"h": 3, "w": 5, "c":
 
 @pytest.fixture
 def serving(backend):
-    """The device of a backend that has a head."""
-    if not hasattr(dispatch.load(backend), "head"):
-        pytest.skip(f"{backend} leaves the head to aten")
+    """The device of the backend under test."""
     return device_of(backend)
 
 

@@ -12,7 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
 
-from convert.networks import FAMILIES, randomised  # noqa: E402
+from convert.networks import FAMILIES  # noqa: E402
+from models import shake  # noqa: E402
 
 from wrn_fast.convert import accelerate, report  # noqa: E402
 
@@ -22,7 +23,7 @@ def main():
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     for name in ("x spare", "ssl", "reference"):
         torch.manual_seed(0)
-        model = randomised(FAMILIES[name]()).double()
+        model = shake(FAMILIES[name]()).double()
         x = torch.randn(4, 3, 32, 32, dtype=torch.float64)[2 * rank : 2 * rank + 2]
         parallel = DistributedDataParallel(accelerate(model), find_unused_parameters=True)
         assert report(parallel).accelerated

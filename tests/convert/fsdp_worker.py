@@ -13,8 +13,9 @@ from torch.distributed.fsdp import fully_shard
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
 
-from convert.networks import calls, randomised  # noqa: E402
+from convert.networks import calls  # noqa: E402
 from families import family_x  # noqa: E402
+from models import shake  # noqa: E402
 
 from wrn_fast import classic  # noqa: E402
 from wrn_fast.convert import accelerate, report, restore  # noqa: E402
@@ -23,7 +24,7 @@ from wrn_fast.convert import accelerate, report, restore  # noqa: E402
 def networks(name):
     """The network and its images, equal in every process."""
     torch.manual_seed(0)
-    model = randomised(family_x.WideResNet(10, 10, 1) if name == "accelerated" else classic(10, 10, 1)).double()
+    model = shake(family_x.WideResNet(10, 10, 1) if name == "accelerated" else classic(10, 10, 1)).double()
     images = torch.randn(2, 4, 3, 32, 32, dtype=torch.float64)
     return accelerate(model), images
 

@@ -30,17 +30,6 @@ FAMILIES = {
 }
 
 
-def randomised(model):
-    """Affine parameters, statistics and biases that differ from their defaults: a default hides what ignores it."""
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.normal_(m.weight, 1.0, 0.3)
-            nn.init.normal_(m.bias, 0.0, 0.3)
-            m.running_mean.normal_(0.0, 0.3)
-            m.running_var.uniform_(0.5, 2.0)
-    return model
-
-
 def observe(model, x, training):
     """Outputs, the gradients of x and of every parameter, and every buffer afterwards."""
     model.train(training)

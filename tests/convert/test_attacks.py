@@ -6,8 +6,9 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from convert.networks import FAMILIES, assert_equal, calls, randomised, twins
+from convert.networks import FAMILIES, assert_equal, calls, twins
 from families import family_x
+from models import shake
 
 from benchmarks.memory import saved_bytes
 from wrn_fast import parity
@@ -17,7 +18,7 @@ DOUBLE = torch.float64
 
 
 def net(rate=0.0, depth=10):
-    return randomised(family_x.WideResNet(depth, 10, 1, rate)).double()
+    return shake(family_x.WideResNet(depth, 10, 1, rate)).double()
 
 
 def image(n=2):
@@ -59,7 +60,7 @@ def test_trades_moves_the_statistics_three_times():
     results = []
     x = image()
     noise = torch.randn_like(x)
-    for model in twins(randomised(FAMILIES["x spare"]()).double()):
+    for model in twins(shake(FAMILIES["x spare"]()).double()):
         model.train()
         for v in (x, x + 0.1 * noise, x):
             loss = model(v).square().sum()

@@ -6,8 +6,9 @@ import pickle
 
 import pytest
 import torch
-from convert.networks import assert_equal, observe, randomised, twins
+from convert.networks import assert_equal, observe, twins
 from families import bottleneck
+from models import shake
 from torch import nn
 
 import wrn_fast
@@ -42,7 +43,7 @@ def test_inference_is_within_the_bound(tree, layout, served):
     """Whole networks and single blocks, pooled over 8 seeds, in the layout in which they came."""
     pools = {name: parity.Pool(name, torch.float32, algorithm="f4") for name in ("logits", "block")}
     for _ in range(parity.SEEDS):
-        plain, fast = (m.eval().to(memory_format=layout) for m in twins(randomised(bottleneck.ResNet(tree))))
+        plain, fast = (m.eval().to(memory_format=layout) for m in twins(shake(bottleneck.ResNet(tree))))
         oracle = copy.deepcopy(plain).double()
         x, y = image().contiguous(memory_format=layout), torch.randn(2, 32, 15, 15).contiguous(memory_format=layout)
         with torch.no_grad():
@@ -66,7 +67,7 @@ def test_the_report_says_when_it_serves():
 
 
 def test_training_and_gradients_are_the_users_own(served):
-    plain, fast = twins(randomised(bottleneck.ResNet()))
+    plain, fast = twins(shake(bottleneck.ResNet()))
     x = image(3)
     for training in (True, False):
         got, want = observe(fast, x, training), observe(plain, x, training)
@@ -83,7 +84,7 @@ def test_training_and_gradients_are_the_users_own(served):
 @pytest.mark.parametrize("change", ["weights", "statistics", "affine", "eps", "hidden", "training step", "load"])
 def test_what_is_folded_is_never_stale(change, served):
     """After each change the block equals a fresh one of the same weights, bit for bit."""
-    model = accelerate(randomised(bottleneck.ResNet())).eval()
+    model = accelerate(shake(bottleneck.ResNet())).eval()
     x = image()
     with torch.no_grad():
         before = [model(x) for _ in range(4)][-1]
@@ -100,7 +101,7 @@ def test_what_is_folded_is_never_stale(change, served):
         elif change == "hidden":
             block.conv3.weight.data.mul_(1.5)
         elif change == "load":
-            model.load_state_dict(randomised(bottleneck.ResNet()).state_dict())
+            model.load_state_dict(shake(bottleneck.ResNet()).state_dict())
     if change == "training step":
         model.train()(image(4)).square().sum().backward()
         torch.optim.SGD(model.parameters(), 0.1, fused=True).step()
@@ -116,7 +117,7 @@ def test_what_is_folded_is_never_stale(change, served):
 
 def test_folded_filters_go_with_their_model():
     packing.refresh()
-    model = accelerate(randomised(bottleneck.ResNet())).eval()
+    model = accelerate(shake(bottleneck.ResNet())).eval()
     with torch.no_grad():
         for _ in range(3):
             model(image())
@@ -132,7 +133,7 @@ def test_folded_filters_go_with_their_model():
 
 
 def test_a_frozen_batchnorm_in_training_and_hooks_are_respected(served):
-    plain, fast = twins(randomised(bottleneck.ResNet()))
+    plain, fast = twins(shake(bottleneck.ResNet()))
     oracle, x, seen = copy.deepcopy(plain).double().eval(), image(), []
     oracle.layer1[1].bn2.train()
     with torch.no_grad():
@@ -149,7 +150,7 @@ def test_a_frozen_batchnorm_in_training_and_hooks_are_respected(served):
 
 
 def test_copies_files_and_restore():
-    model = accelerate(randomised(bottleneck.ResNet())).eval()
+    model = accelerate(shake(bottleneck.ResNet())).eval()
     x = image()
     with torch.no_grad():
         want = model(x)
@@ -162,7 +163,7 @@ def test_copies_files_and_restore():
 
 
 def test_compiled_and_exported_models_are_the_users_own():
-    plain, fast = (m.eval() for m in twins(randomised(bottleneck.ResNet(counts=(1, 1, 1, 1)))))
+    plain, fast = (m.eval() for m in twins(shake(bottleneck.ResNet(counts=(1, 1, 1, 1)))))
     x = image()
     torch._dynamo.reset()
     with torch.no_grad():
@@ -171,7 +172,7 @@ def test_compiled_and_exported_models_are_the_users_own():
 
 
 def test_check_proves_it():
-    accelerate(randomised(bottleneck.ResNet()), check=image(4))
+    accelerate(shake(bottleneck.ResNet()), check=image(4))
 
 
 def test_verify_compares_it_with_the_users_own(served):
@@ -202,7 +203,7 @@ def test_other_submodules_are_named():
 
 
 def test_another_backend_leaves_it_to_the_user(served):
-    plain, fast = (m.eval() for m in twins(randomised(bottleneck.ResNet())))
+    plain, fast = (m.eval() for m in twins(shake(bottleneck.ResNet())))
     x = image()
     with torch.no_grad(), wrn_fast.backend("aten"):
         assert torch.equal(fast(x), plain(x))

@@ -6,8 +6,8 @@ import re
 
 import pytest
 import torch
-from convert.networks import randomised
 from families import family_dm, family_m, family_ssl, family_x
+from models import shake
 from torch import nn
 
 from wrn_fast import WideResNet, WrnFastError, parity, reference
@@ -18,7 +18,7 @@ from wrn_fast.convert.network import FamilyNet
 
 def trained(model):
     """As training leaves it: no gradient and no weight decay ever reaches the dead bn1 of family SSL."""
-    randomised(model)
+    shake(model)
     if isinstance(model, family_ssl.WideResNet):
         for group in (model.block2, model.block3):
             nn.init.ones_(group.layer[0].bn1.weight)
@@ -128,7 +128,7 @@ def test_the_loaded_model_gives_what_its_writer_gave(name):
 def test_the_residual_scheme():
     plan_like = load_checkpoint(family_m.WideResNet(10, 1).state_dict())[0].plan
     source = FamilyNet(plan_like._replace(family="residual", stride_on_conv2=False, drop_at="prologue", dropRate=0.5))
-    source = randomised(source).eval()
+    source = shake(source).eval()
     net, report = load_checkpoint(to_residual(source.state_dict()))
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     assert "family residual" in str(report)

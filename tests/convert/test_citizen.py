@@ -6,8 +6,9 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from convert.networks import assert_equal, calls, observe, randomised, twins
+from convert.networks import assert_equal, calls, observe, twins
 from families import family_m, family_ssl, family_x
+from models import shake
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,7 +19,7 @@ DOUBLE = torch.float64
 
 
 def net(rate=0.0, depth=10):
-    return randomised(family_x.WideResNet(depth, 10, 1, rate)).double()
+    return shake(family_x.WideResNet(depth, 10, 1, rate)).double()
 
 
 def image(n=2):
@@ -27,7 +28,7 @@ def image(n=2):
 
 def test_second_derivatives():
     results = []
-    plain, fast = twins(randomised(family_ssl.WideResNet()).double())
+    plain, fast = twins(shake(family_ssl.WideResNet()).double())
     x = image().requires_grad_()
     for model in (fast, plain):
         (g,) = torch.autograd.grad(model(x).square().sum(), [x], create_graph=True)
@@ -84,7 +85,7 @@ def test_averaging_and_update_bn():
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
 def test_a_fused_optimizer_step_is_seen(make):
     """Fused optimizers do not move a tensor's version: nothing that is kept of a weight may rely on it."""
-    model = accelerate(randomised(family_x.WideResNet(10, 10, 1)))
+    model = accelerate(shake(family_x.WideResNet(10, 10, 1)))
     x = torch.randn(2, 3, 32, 32)
     model.eval()(x)
     model.train()(x).square().sum().backward()
@@ -118,7 +119,7 @@ def test_parts_called_one_by_one():
 def test_autocast_gives_the_users_dtypes_within_the_bound(dtype):
     pool = parity.Pool("output", dtype)
     for _ in range(parity.SEEDS):
-        plain, fast = twins(randomised(family_x.WideResNet(16, 10, 1)))
+        plain, fast = twins(shake(family_x.WideResNet(16, 10, 1)))
         x, block_input = torch.randn(2, 3, 32, 32), torch.randn(2, 16, 8, 8)
         with torch.autocast("cpu", dtype):
             want, got = plain(x), fast(x)
@@ -160,7 +161,7 @@ class NormalisedHead(family_x.WideResNet):
 
 
 def test_a_head_that_rewrites_its_weight():
-    plain, fast = twins(randomised(NormalisedHead(10, 10, 1)).double())
+    plain, fast = twins(shake(NormalisedHead(10, 10, 1)).double())
     for _ in range(2):
         x = image()
         assert_equal(observe(fast, x, True), observe(plain, x, True))

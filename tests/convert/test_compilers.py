@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
-from convert.networks import FAMILIES, randomised, twins
+from convert.networks import FAMILIES, twins
 from families import family_x
+from models import shake
 
 from wrn_fast import parity
 from wrn_fast.convert import accelerate
@@ -14,7 +15,7 @@ DOUBLE = torch.float64
 
 
 def net(rate=0.0, depth=10):
-    return randomised(family_x.WideResNet(depth, 10, 1, rate)).double()
+    return shake(family_x.WideResNet(depth, 10, 1, rate)).double()
 
 
 def image(n=2):
@@ -30,7 +31,7 @@ def test_compiles_whole_with_any_batch_size(name, training):
         found.append(sum("wrn_fast.fprop" in str(n.target) for n in graph.graph.nodes))
         return graph
 
-    model = accelerate(randomised(FAMILIES[name]()).double())
+    model = accelerate(shake(FAMILIES[name]()).double())
     compiled = torch.compile(copy.deepcopy(model), backend=backend, fullgraph=True, dynamic=True)
     for n in (2, 3):
         x = image(n)

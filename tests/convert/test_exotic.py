@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from convert.networks import assert_equal, calls, observe, randomised, twins
+from convert.networks import assert_equal, calls, observe, twins
 from families import family_x
+from models import shake
 from torch import nn
 
 from wrn_fast import WrnFastError, mc_predict
@@ -50,7 +51,7 @@ def fprops(model, x):
 @pytest.mark.parametrize("part", ["relu1", "conv2", "bn2"])
 def test_a_part_that_blocks_share(part):
     """Each of the blocks is one, not the first alone."""
-    model = randomised(family_x.WideResNet(16, 10, 1)).double()
+    model = shake(family_x.WideResNet(16, 10, 1)).double()
     for group in (model.block1, model.block2, model.block3):
         setattr(group.layer[1], part, getattr(group.layer[0], part))
     plain, fast = twins(model)
@@ -61,7 +62,7 @@ def test_a_part_that_blocks_share(part):
 
 def test_a_configuration_that_changes_is_noticed():
     config = {"dropout": SimpleNamespace(p=0.5)}
-    block, x = accelerate(randomised(Configured(config)).double(), require=True), image()
+    block, x = accelerate(shake(Configured(config)).double(), require=True), image()
     assert not torch.equal(block(x), block(x))
     config["dropout"].p = 0.0
     assert torch.equal(block(x), block(x)) and fprops(block, x) == 2
@@ -121,7 +122,7 @@ def test_a_metaclass_of_the_users_is_left_alone():
 
 
 def test_a_new_object_of_a_fast_class_computes_plainly_until_it_is_accelerated():
-    model = accelerate(randomised(family_x.WideResNet(10, 10, 1, 0.3))).eval()
+    model = accelerate(shake(family_x.WideResNet(10, 10, 1, 0.3))).eval()
     block = model.block1.layer[0]
     model.block1.layer[0] = type(block)(16, 16, 1, 0.3).eval()
     assert "call accelerate(model)" in report(model).why["block1.layer.0"]
@@ -148,7 +149,7 @@ class Switched(Configured):
 @pytest.mark.parametrize("where", ["class", "base", "object"])
 def test_flags_and_methods_that_are_exchanged_later_are_noticed(name, value, where, monkeypatch):
     Block = type("Block", (Switched,), {}) if where == "base" else Switched
-    block, x = accelerate(randomised(Block(None)).double(), require=True), image()
+    block, x = accelerate(shake(Block(None)).double(), require=True), image()
     before = block(x)
     monkeypatch.setattr(block if where == "object" else Switched, name, value, raising=False)
     assert torch.equal(block(x), x)

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from convert.networks import FAMILIES, assert_equal, masks_of, noted_draws, observe, randomised, twins, vanishing
+from convert.networks import FAMILIES, assert_equal, masks_of, noted_draws, observe, twins, vanishing
 from families import other
+from models import shake
 
 from wrn_fast import parity
 from wrn_fast.block import FastBlock
@@ -18,7 +19,7 @@ def blocks(model):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_equals_its_own_forward_in_float64(name):
-    plain, fast = twins(randomised(FAMILIES[name]()).double())
+    plain, fast = twins(shake(FAMILIES[name]()).double())
     assert len(blocks(fast)) == FAST.get(name, 3), report(fast)
     assert not report(fast).left
     x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
@@ -31,7 +32,7 @@ def test_float32_within_the_bound(name):
     """Pooled over 8 seeds: outputs and statistics; gradients of a ReLU network by the median."""
     pools = {}
     for _ in range(parity.SEEDS):
-        plain, fast = twins(randomised(FAMILIES[name]()))
+        plain, fast = twins(shake(FAMILIES[name]()))
         plain = plain.to(memory_format=torch.channels_last)
         x = torch.randn(4, 3, 32, 32).to(memory_format=torch.channels_last)
         oracle, _ = twins(restore(fast))
@@ -50,7 +51,7 @@ def test_float32_within_the_bound(name):
 @pytest.mark.parametrize("name", ["x", "ssl", "m", "reference"])
 def test_dropout_sits_where_the_user_has_it(name, monkeypatch):
     """The plain network with the fused operator's masks gives the same outputs, gradients and statistics."""
-    plain, fast = twins(randomised(FAMILIES[name](0.3)).double())
+    plain, fast = twins(shake(FAMILIES[name](0.3)).double())
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     for training in (True, False):
         with noted_draws(monkeypatch) as draws:
@@ -65,7 +66,7 @@ def test_dropout_sits_where_the_user_has_it(name, monkeypatch):
 @pytest.mark.parametrize("make", [other.Residual, other.ZooUnit])
 @pytest.mark.parametrize("shape", [(16, 16, 1), (16, 24, 2)])
 def test_other_module_trees(make, shape, monkeypatch):
-    plain, fast = twins(randomised(make(*shape)).double())
+    plain, fast = twins(shake(make(*shape)).double())
     assert isinstance(fast, FastBlock) and isinstance(fast, make)
     x = torch.randn(2, 16, 9, 9, dtype=torch.float64)
     with noted_draws(monkeypatch) as draws:
@@ -77,7 +78,7 @@ def test_other_module_trees(make, shape, monkeypatch):
 
 @pytest.mark.parametrize("cls", other.REASONS, ids=lambda cls: cls.__name__)
 def test_look_alikes_are_left_alone_with_a_reason(cls):
-    block = randomised(cls())
+    block = shake(cls())
     before = {k: v.clone() for k, v in block.state_dict().items()}
     keys, x, state = list(block.__dict__), torch.randn(2, 16, 8, 8), torch.get_rng_state()
     accelerate(block)
@@ -93,7 +94,7 @@ def test_look_alikes_are_left_alone_with_a_reason(cls):
 
 def test_recognising_leaves_no_trace():
     """Statistics, random numbers, hooks and gradients of the original do not move."""
-    model = randomised(FAMILIES["x"](0.3))
+    model = shake(FAMILIES["x"](0.3))
     fired = []
     for module in model.modules():
         module.register_forward_hook(lambda *_: fired.append(1))

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from convert.networks import assert_equal, observe, randomised, twins
+from convert.networks import assert_equal, observe, twins
+from models import shake
 
 from wrn_fast import parity
 from wrn_fast.block import FastBlock
@@ -58,7 +59,7 @@ NETWORKS = {
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_packages_network_is_accelerated_and_equal(name):
     make, blocks = NETWORKS[name]
-    plain, fast = twins(randomised(make()).double())
+    plain, fast = twins(shake(make()).double())
     assert sum(isinstance(m, FastBlock) for m in fast.modules()) == blocks
     assert not report(fast).left
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
@@ -77,7 +78,7 @@ def test_wide_resnet_50_2_of_a_package_in_inference(library):
     except (ImportError, RuntimeError) as error:
         pytest.skip(f"{library} does not load beside torch {torch.__version__}: {error}")
     make = module.wide_resnet50_2 if library == "torchvision" else lambda: module.create_model("wide_resnet50_2")
-    plain, fast = (m.eval() for m in twins(randomised(make())))
+    plain, fast = (m.eval() for m in twins(shake(make())))
     assert sum(isinstance(m, FastBottleneck) for m in fast.modules()) == 16 and not report(fast).left
     pool = parity.Pool("logits", torch.float32, algorithm="f4")
     oracle = copy.deepcopy(plain).double()

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from convert.fsdp_worker import networks
-from convert.networks import FAMILIES, randomised
+from convert.networks import FAMILIES
+from models import shake
 
 from wrn_fast import parity
 from wrn_fast.convert import restore
@@ -30,7 +31,7 @@ def test_distributed_data_parallel_equals_one_process(tmp_path):
     two_ranks("ddp_worker.py", tmp_path)
     for name in ("x spare", "ssl", "reference"):
         torch.manual_seed(0)
-        model = randomised(FAMILIES[name]()).double()
+        model = shake(FAMILIES[name]()).double()
         x = torch.randn(4, 3, 32, 32, dtype=DOUBLE)
         state = copy.deepcopy(model.state_dict())
         want = {}

@@ -7,8 +7,9 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from convert.networks import FAMILIES, assert_equal, calls, observe, randomised, twins
+from convert.networks import FAMILIES, assert_equal, calls, observe, twins
 from families import family_m, family_x
+from models import shake
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -18,7 +19,7 @@ from wrn_fast.convert import accelerate, entry, report, restore, swap
 
 
 def net(rate=0.0):
-    return randomised(family_x.WideResNet(16, 10, 1, rate))
+    return shake(family_x.WideResNet(16, 10, 1, rate))
 
 
 def image(dtype=torch.float32, n=2):
@@ -81,7 +82,7 @@ def test_copies_stay_fast_and_apart():
 
 
 def test_a_copy_follows_references_to_itself():
-    block = randomised(family_x.BasicBlock(16, 16, 1))
+    block = shake(family_x.BasicBlock(16, 16, 1))
     block.relu1.owner = [block]
     accelerate(block)
     twin = copy.deepcopy(block)
@@ -90,7 +91,7 @@ def test_a_copy_follows_references_to_itself():
 
 def test_a_replica_uses_its_own_weights():
     """DataParallel: the replica's parameters are plain tensors, and its class is the fast one."""
-    block = accelerate(randomised(family_x.BasicBlock(16, 16, 1))).double().eval()
+    block = accelerate(shake(family_x.BasicBlock(16, 16, 1))).double().eval()
     x = torch.randn(2, 16, 8, 8, dtype=torch.float64)
     replica, other = block._replicate_for_data_parallel(), restore(copy.deepcopy(block))
     for name, child in block._modules.items():
@@ -165,7 +166,7 @@ def test_parametrized_weights(apply):
 
 
 def test_a_class_put_in_front_of_ours_is_switched_off_and_on_again():
-    block = accelerate(randomised(family_x.BasicBlock(16, 16, 1)))
+    block = accelerate(shake(family_x.BasicBlock(16, 16, 1)))
     x, fast = torch.randn(2, 16, 8, 8), type(block)
     block.__class__ = type("Front", (fast,), {})
     restore(block)
@@ -176,7 +177,7 @@ def test_a_class_put_in_front_of_ours_is_switched_off_and_on_again():
 
 
 def test_an_instance_forward_is_respected():
-    block = randomised(family_x.BasicBlock(16, 16, 1))
+    block = shake(family_x.BasicBlock(16, 16, 1))
     block.forward = lambda x: x
     accelerate(block)
     assert type(block) is family_x.BasicBlock and "replaced on the instance" in report(block).why[""]
@@ -198,7 +199,7 @@ def test_a_subclass_that_overrides_forward_is_noticed():
 
 
 def test_a_forward_changed_later_is_noticed(monkeypatch):
-    block = accelerate(randomised(family_x.BasicBlock(16, 16, 1)))
+    block = accelerate(shake(family_x.BasicBlock(16, 16, 1)))
     x = torch.randn(1, 16, 8, 8)
     assert fprops(block, x) == 2
     monkeypatch.setattr(family_x.BasicBlock, "forward", lambda self, x: x + 1)
@@ -209,7 +210,7 @@ def test_a_forward_changed_later_is_noticed(monkeypatch):
 
 def test_attributes_changed_later_are_noticed():
     x = torch.randn(2, 16, 8, 8, dtype=torch.float64)
-    plain, fast = twins(randomised(family_x.BasicBlock(16, 16, 1)).double())
+    plain, fast = twins(shake(family_x.BasicBlock(16, 16, 1)).double())
     with_dropout = copy.deepcopy(fast)
     with_dropout.rate = 0.5
     assert not torch.equal(with_dropout(x), with_dropout(x)) and fprops(with_dropout, x) == 2
@@ -225,7 +226,7 @@ def test_attributes_changed_later_are_noticed():
 
 
 def test_a_dropout_modules_own_flags_count():
-    model = accelerate(randomised(family_m.WideResNet(10, 1, 0.3))).eval()
+    model = accelerate(shake(family_m.WideResNet(10, 1, 0.3))).eval()
     x = image()
     assert torch.equal(model(x), model(x))
     for m in model.modules():
@@ -304,7 +305,7 @@ def test_nothing_is_half_done(monkeypatch):
 
 @pytest.mark.parametrize("name", ["x normalised", "dm", "ssl bias", "m", "reference"])
 def test_check_trusts_what_is_equal_and_touches_nothing(name):
-    model = randomised(FAMILIES[name](0.3))
+    model = shake(FAMILIES[name](0.3))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     x, state = image(n=4), torch.get_rng_state()
     accelerate(model, check=x)

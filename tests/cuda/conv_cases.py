@@ -106,7 +106,7 @@ def calls(draw: st.DrawFn, narrow: bool = False) -> Call:
         c.act_out, c.affine_out = pick("none", "identity", "relu", "leaky_relu"), draw(st.booleans())
         c.want_y = c.act_out == "none" or pick(True, True, True, False)
     c.want_sums = draw(st.booleans()) and c.want_y
-    if op == "fprop" and c.tile == "fetch9" and not narrow and pick(False, False, True):
+    if op == "fprop" and c.tile == "fetch9" and pick(False, False, True):
         c.e4m3, c.prologue, c.short_prologue = True, False, False
     if op != "wgrad" and c.tile == "fetch9":
         c.splits = pick(1, 1, 1, 2, 3, 6)

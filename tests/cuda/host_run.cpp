@@ -12,6 +12,15 @@ using namespace wrn_fast::sm90;
 
 using Kernel = void (*)(const ConvParams<MapSpec>&);
 
+// HOST_RUN_NARROW leaves a few kernels, for builds that are slow.
+#ifdef HOST_RUN_NARROW
+#define FETCH9(CASE) CASE(16, fetch9, 1, 1) CASE(32, fetch9, 1, 1)
+#define SHIFT3(CASE) CASE(64, shift3, 2, 3)
+#else
+#define FETCH9 SM90_FETCH9
+#define SHIFT3 SM90_SHIFT3
+#endif
+
 template <bool dgrad, int block_k, int blocks, int row_taps>
 Kernel kernel_of(DType dtype) {
   return dtype == DType::f16 ? conv_body<ConvTraits<dgrad, block_k, blocks, row_taps, true>, ConvParams<MapSpec>>
@@ -27,11 +36,7 @@ Kernel e4m3_of(DType dtype) {
 Kernel choose_e4m3(int block_k, DType dtype) {
 #define CASE(k, t, blocks, taps) \
   if (block_k == k) return e4m3_of<k>(dtype);
-#ifdef HOST_RUN_ONLY_32
-  CASE(32, fetch9, 1, 1)
-#else
-  SM90_FETCH9(CASE)
-#endif
+  FETCH9(CASE)
 #undef CASE
   return nullptr;
 }
@@ -40,14 +45,8 @@ template <bool dgrad>
 Kernel choose(int block_k, Sm90Tile tile, DType dtype) {
 #define CASE(k, t, blocks, taps) \
   if (block_k == k && tile == Sm90Tile::t) return kernel_of<dgrad, k, blocks, taps>(dtype);
-#ifdef HOST_RUN_NARROW
-  CASE(16, fetch9, 1, 1)
-  CASE(32, fetch9, 1, 1)
-  CASE(64, shift3, 2, 3)
-#else
-  SM90_FETCH9(CASE)
-  SM90_SHIFT3(CASE)
-#endif
+  FETCH9(CASE)
+  SHIFT3(CASE)
 #undef CASE
   return nullptr;
 }
@@ -73,12 +72,7 @@ WgradKernel wgrad_of(DType dtype) {
 WgradKernel choose_wgrad(int block_k, bool halo, DType dtype) {
 #define CASE(k, tile, blocks, taps) \
   if (block_k == k) return halo ? wgrad_of<k, true>(dtype) : wgrad_of<k, false>(dtype);
-#ifdef HOST_RUN_NARROW
-  CASE(16, fetch9, 1, 1)
-  CASE(32, fetch9, 1, 1)
-#else
-  SM90_FETCH9(CASE)
-#endif
+  FETCH9(CASE)
 #undef CASE
   return nullptr;
 }

@@ -154,15 +154,12 @@ def wrong(op: str, problem: ConvProblem, tile: Tile, device: torch.device) -> st
 
 def _runner(op: str, tile: Tile) -> cuda_check.Run:
     def run(small: ConvProblem, *tensors: Any) -> Tensor:
-        # Of fp8 with scale 1 for the activations; what the filters' scale adds goes in the rounding of the output.
-        ranges = [
-            (
-                torch.full((1,), torch.finfo(torch.float8_e4m3fn).max, dtype=torch.float32, device=tensors[0].device),
-                None,
-            )
-        ]
         given = [*tensors, *[None] * (_TENSORS[op] - len(tensors))]
-        out = launch(op, small, tile, *given, *(ranges if op == "fprop_fp8" else []))
+        if op == "fprop_fp8":
+            # Scale 1 for the activations; what the filters' scale adds goes in the rounding of the output.
+            largest = torch.finfo(torch.float8_e4m3fn).max
+            given.append((torch.full((1,), largest, dtype=torch.float32, device=tensors[0].device), None))
+        out = launch(op, small, tile, *given)
         return out if op == "wgrad" else out[0]
 
     return run
