@@ -150,8 +150,6 @@ struct ActBackward {
               }
               store(g + at, out);
             });
-#pragma unroll
-        for (int j = 0; j < V; ++j) product[j] *= bn.rstd[j];
       }
       s.put(t, sum, product);
     });
@@ -160,11 +158,13 @@ struct ActBackward {
     block.each([&](int t) {
       const Place place(walk, block.y, t);
       if (!place.active || place.lane > 0) return;
+      // Read again: kept through the rows it would take the registers of others.
+      const Normalization<V, W> bn(stats, gamma, beta, C, static_cast<W>(eps), place.vector * V);
       W* to = partial + block.x * 2 * C + static_cast<int64_t>(place.vector) * V;
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         to[j] = s.first[j][t];
-        to[C + j] = s.second[j][t];
+        to[C + j] = s.second[j][t] * bn.rstd[j];
       }
     });
   }
