@@ -32,7 +32,7 @@ LAYERS = {
     2: {"backends"},
     3: {"dispatch"},
     4: {"ops", "autograd", "autograd_head"},
-    5: {"functional", "chain"},
+    5: {"functional", "activated", "chain"},
     6: {"reference", "block", "model", "convert", "parity", "mc", "graphs", "fp8"},
     7: {"tune", "tune_cpu", "verify", "cli", "demo", "recipes"},
 }
@@ -43,6 +43,7 @@ SIDEWAYS = {
     "precision": {"errors", "setting"},
     "steps": {"problem"},
     "held": {"packing"},
+    "chain": {"activated"},
     "autograd": {"ops"},
     "autograd_head": {"autograd", "ops"},
     "cache": {"errors"},

@@ -112,13 +112,13 @@ def test_every_packaged_row_is_legal():
     for path in sorted(Path(tuned.__file__).parent.glob("*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         arch = ARCHS[found["head"]["arch"]]
-        for key, tile in tuned.validate(found).items():
+        for key, row in tuned.validate(found).items():
             stride, image = key.stride, (key.P * key.stride, key.Q * key.stride)
             problem = PROBLEM._replace(
                 N=max(1, 2**key.pixels_log2 // (key.P * key.Q)), H=image[0], W=image[1], C=key.C, K=key.K, R=key.R,
                 S=key.S, stride=stride, dtype=getattr(torch, key.dtype),
             )  # fmt: skip
-            assert configs.illegal(configs.from_row(tile), key.op, problem, arch) is None, (path.name, key)
+            assert configs.illegal(configs.from_row(row["tile"]), key.op, problem, arch) is None, (path.name, key)
 
 
 # The cache folder.
@@ -204,7 +204,7 @@ def test_tuning_goes_on_where_it_stopped(bench, folder):
     again = tune.run(tasks)
     assert (again["measured"], again["kept"]) == (len(tasks) - 3, 3) and len(bench) == len(tasks)
     rows = tuned.validate(cache.read(Path(again["path"])))
-    assert len(rows) == len(tasks) and all(tile["rows"] == 64 for tile in rows.values())
+    assert len(rows) == len(tasks) and all(row["tile"]["rows"] == 64 for row in rows.values())
     op, problem = tasks[0]
     assert tuned.lookup("triton", op, problem, "GPU", "sm_90")["rows"] == 64
 

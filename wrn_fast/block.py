@@ -237,6 +237,16 @@ def leave_block(
     return y, y_stats if want_stats else None
 
 
+def run_parts(blocks: Sequence[BlockParts], x: Tensor, stats: Tensor | None = None) -> Tensor:
+    """Blocks in a row to which nobody listens: [N, K, P, Q] of the last one, x itself where there is none."""
+    y = run_blocks(blocks, x) if blocks else x
+    if y is not None:
+        return y
+    for i, here in enumerate(blocks):
+        x, stats = run_block(here, x, stats, i + 1 < len(blocks) and uses_batch_stats(blocks[i + 1].stages[0].bn))
+    return x
+
+
 def _parts(unit: nn.Module) -> BlockParts | None:
     """The unit's parts if a chain may open it: nobody listens to the unit itself, and it knows its parts."""
     return unit.parts() if isinstance(unit, FastBlock) and not hooked(unit) else None  # type: ignore[arg-type]
@@ -257,9 +267,7 @@ def run_chain(units: Sequence[nn.Module], x: Tensor, stats: Tensor | None = None
     parts = [_parts(unit) if open_units else None for unit in units]
     blocks = [part for part in parts if part is not None]
     if len(blocks) == len(units):
-        y = run_blocks(blocks, x)
-        if y is not None:
-            return y
+        return run_parts(blocks, x, stats)
     for i, unit in enumerate(units):
         here = parts[i]
         if here is None:

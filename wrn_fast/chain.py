@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wrn_fast import dispatch, random
+from wrn_fast import activated, dispatch, random
 from wrn_fast.precision import FP8, current
 from wrn_fast.problem import ConvProblem
 from wrn_fast.steps import Norm, Short, Step
 
-_DTYPES = (torch.float32, torch.bfloat16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Slots: the input, two for what is inside a block, two that blocks' outputs take in turns, the last block's output.
 _INPUT, _INNER, _OTHER, _PING, _PONG, _OUTPUT = range(6)
 
@@ -21,14 +21,17 @@ _INPUT, _INNER, _OTHER, _PING, _PONG, _OUTPUT = range(6)
 def run_blocks(blocks: Sequence[Any], x: Tensor) -> Tensor | None:
     """y of the last block, or None where the blocks have to run one operator at a time.
 
+    A backend's own chain runs it, or operators that write the next layer's activations (`activated`).
+
     Args:
         blocks: `block.BlockParts`, in a row, without listeners.
         x: [N, C, H, W].
 
     Returns:
-        [N, K, P, Q], equal bit for bit to the blocks' own operators, masks of dropout included; None under autograd, a
-        compiler, autocast to another dtype, a dispatch mode or precision("fp8"), where BatchNorm uses the batch, and
-        where the backend has no chain.
+        [N, K, P, Q], equal to the blocks' own operators, masks of dropout included: bit for bit by a backend's chain,
+        but for the rounding of y before an activation by `activated`. None under autograd, a compiler, autocast to
+        another dtype, a dispatch mode or precision("fp8"), where BatchNorm uses the batch, and where the backend has
+        neither.
     """
     if not plain_inference(x):
         return None
@@ -38,9 +41,22 @@ def run_blocks(blocks: Sequence[Any], x: Tensor) -> Tensor | None:
     modules = {dispatch.choose("fprop", step.problem) for step in steps}
     run = getattr(modules.pop(), "chain", None) if len(modules) == 1 else None
     if run is None:
+        return _run_activated(steps, x)
+    return run(x.contiguous(memory_format=torch.channels_last), _drawn(steps, x))
+
+
+def _drawn(steps: list[Step], x: Tensor) -> list[Step]:
+    return [step._replace(rng=random.draw(x.device)) if step.problem.p > 0 else step for step in steps]
+
+
+def _run_activated(steps: list[Step], x: Tensor) -> Tensor | None:
+    """None where no layer would write a second output: the operators do the same then."""
+    if not activated.serves(steps):
         return None
-    drawn = [step._replace(rng=random.draw(x.device)) if step.problem.p > 0 else step for step in steps]
-    return run(x.contiguous(memory_format=torch.channels_last), drawn)
+    planned = activated.plan(steps, activated.by_time)
+    if all(step.second is None for step in planned):
+        return None
+    return activated.run(x.contiguous(memory_format=torch.channels_last), _drawn(planned, x))
 
 
 def plain_inference(x: Tensor) -> bool:

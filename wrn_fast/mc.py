@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wrn_fast import reference
-from wrn_fast.block import BlockParts, FastBlock, enter_block, hooked, leave_block, run_block
+from wrn_fast.block import BlockParts, FastBlock, enter_block, hooked, leave_block, run_parts
 from wrn_fast.checks import check_model
 from wrn_fast.convert.swap import FastUserBlock
 from wrn_fast.errors import WrnFastError
@@ -237,8 +237,7 @@ class _SharedStage(_Stage):
         model._check(x)
         y = model.conv1(x)
         at = next(i for i, p in enumerate(parts) if p.p > 0)
-        for before in parts[:at]:
-            y, _ = run_block(before, y, None)
+        y = run_parts(parts[:at], y)
         self.first, self.rest, self.y = parts[at], parts[at + 1 :], y
         self.entered = enter_block(self.first, y, None)
         # groups halve each side and double the width: what comes later is smaller
@@ -248,8 +247,7 @@ class _SharedStage(_Stage):
         """From the first dropout on."""
         first, h, norm = self.entered
         y, _ = leave_block(self.first, torch.cat([self.y] * count), first, torch.cat([h] * count), norm, False)
-        for parts in self.rest:
-            y, _ = run_block(parts, y, None)
+        y = run_parts(self.rest, y)
         model = self.model
         assert isinstance(model, WideResNet)
         result = model.finish(y)

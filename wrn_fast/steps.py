@@ -32,6 +32,14 @@ class Short(NamedTuple):
     image: tuple[int, int]  # its height and width
     w: Tensor
     norm: Norm
+    activated: bool = False  # reads the second output of who wrote the slot
+
+
+class Second(NamedTuple):
+    """The BatchNorm of a step's second output, written for the reader of its slot; the problem has its activation."""
+
+    norm: Norm
+    eps: float
 
 
 class Step(NamedTuple):
@@ -46,3 +54,5 @@ class Step(NamedTuple):
     residual: int | None = None  # slot
     short: Short | None = None
     rng: Tensor | None = None
+    second: Second | None = None
+    activated: bool = False  # reads the second output of who wrote slot x, without a prologue

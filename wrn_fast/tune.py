@@ -69,6 +69,9 @@ def tasks(depth: int = 28, width: int = 10, batch: int = 128, dtype: str = "bf16
             first.append(layer(before, planes, image, stride, 1, **source, want_stats=True))
         rest = layer(planes, planes, out, **source, want_stats=True)
         found += [("fprop", first[0]), ("fprop", rest._replace(residual=True))]
+        # What they cost without the prologue, and what a second output costs: `activated` compares.
+        found += [("fprop", layer(before, planes, image, stride, act_out="relu", want_y=False))]
+        found += [("fprop", layer(planes, planes, out, act_out="relu", want_y=False))]
         found += [("fprop", layer(planes, planes, out, residual=True, act_out="relu"))]
         found += [(op, p) for p in (*first, rest) for op in ("dgrad", "wgrad")]
         before, image = planes, out

@@ -74,6 +74,11 @@ def _over(old: Any, new: Any) -> None:
 def capture(recorder: Any, monkeypatch: Any, tapes: list[Tape]) -> Callable:
     """In place of `graphs._capture`: warm up, record, and hand out the replay."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: any(tape.active for tape in tapes))
+    # A capture is no dispatch mode: what asks for one is not to see the tape.
+    modes = torch._C._len_torch_dispatch_stack
+    monkeypatch.setattr(
+        torch._C, "_len_torch_dispatch_stack", lambda: modes() - any(tape.active and modes() for tape in tapes)
+    )
 
     def _capture(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         for _ in range(3):

@@ -65,6 +65,17 @@ def test_a_graph_has_a_kernel_a_convolution_and_no_other(tapes, seed):
 
 
 @torch.no_grad()
+def test_a_layer_writes_the_next_ones_activation(recorder, seed):
+    """Only the first convolution has a prologue; y is written where it is the result."""
+    net(seed)(image())
+    calls = [arguments for name, arguments in recorder.calls if name == "fprop"]
+    given = {name: [bool(c[name]) for c in calls] for name in ("scale", "short_scale", "out_scale", "y_act", "y")}
+    assert given["scale"] == [True, False, False, False] and not any(given["short_scale"])
+    assert given["out_scale"] == given["y_act"] == [True, True, True, False]
+    assert given["y"] == [False, False, False, True]
+
+
+@torch.no_grad()
 def test_without_the_cache_the_graph_makes_everything_itself(tapes, seed, monkeypatch):
     monkeypatch.setenv("WRN_FAST_PACK_CACHE", "0")
     model = net(seed)

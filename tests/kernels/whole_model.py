@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import wrn_fast
-from wrn_fast import dispatch, reference
+from wrn_fast import activated, dispatch, reference
 from wrn_fast.parity import error
 from wrn_fast.problem import ConvProblem
 
@@ -62,3 +62,34 @@ def _trace(model: torch.nn.Module, x: Tensor) -> dict[str, Tensor]:
         output = frozen(x.detach())
     found["eval out"] = output[0] if isinstance(output, tuple) else output
     return found
+
+
+def inference_in_halves(seed: int) -> dict[str, float]:
+    """Relative L2 errors of a float16 WRN-16-1 in eval, its layers writing the next one's activations, and of eager.
+
+    And how many layers wrote.
+    """
+    torch.manual_seed(seed)
+    plain = reference.WideResNet(16, 10, 1, 0.0, head="classic", pool="global").double().eval()
+    fast = wrn_fast.WideResNet(16, 10, 1, 0.0, head="classic", pool="global").eval()
+    with torch.no_grad():
+        for m in plain.modules():
+            if isinstance(m, torch.nn.BatchNorm2d):
+                m.weight.uniform_(0.5, 1.5), m.bias.normal_(0, 0.3), m.running_var.uniform_(0.5, 2.0)
+    fast.load_state_dict(plain.state_dict())
+    for m in fast.modules():
+        if isinstance(m, torch.nn.Conv2d):
+            m.half()
+    fast.fc.half()
+    x = torch.randn(2, 3, 8, 8)
+    wrote = []
+    run = activated.run
+    activated.run = lambda x, steps: (wrote.append(sum(s.second is not None for s in steps)), run(x, steps))[1]
+    try:
+        with torch.no_grad(), chosen():
+            got = fast(x.half())
+    finally:
+        activated.run = run
+    with torch.no_grad():
+        want, eager = plain(x.double()), copy.deepcopy(plain).half()(x.half())
+    return {"fast": error(got, want), "eager": error(eager, want), "wrote": sum(wrote)}

@@ -216,6 +216,13 @@ def faster(op: str, problem: ConvProblem) -> bool:
     return _row(op, problem, torch.cuda.current_device()) is not None
 
 
+def measured_us(op: str, problem: ConvProblem) -> float | None:
+    """What `wrn-fast tune` measured for the problem's class on this GPU, or None."""
+    if problem.device != "cuda":
+        return None
+    return tuned.us(NAME, op, problem, torch.cuda.get_device_name(), "sm_90")
+
+
 def forget() -> None:
     """Read tuned rows again at the next call."""
     tuned.table.cache_clear()
@@ -223,6 +230,13 @@ def forget() -> None:
 
 
 # The primitives.
+
+
+def scale_shift(
+    stats: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """[C] float32 each, for a second output: bn(y) = y * scale + shift; `like` is of the dtype and device of y."""
+    return cuda_launch.scale_shift(extension(), stats, gamma, beta, eps, like)
 
 
 def launch(op: str, problem: ConvProblem, tile: Tile | None, *tensors: Any) -> Any:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from wrn_fast import scales, tuned
 from wrn_fast.kernels import configs
+from wrn_fast.kernels.cuda_passes import on_device
 from wrn_fast.precision import current
 from wrn_fast.problem import ConvProblem
 
@@ -172,6 +173,12 @@ def dot_precision(problem: ConvProblem, index: int | None) -> str:
     return "bf16x6" if torch.version.hip else "tf32x3"
 
 
+def measured_us(op: str, problem: ConvProblem) -> float | None:
+    """What `wrn-fast tune` measured for the problem's class on this GPU, or None."""
+    index = torch.cuda.current_device() if problem.device == "cuda" else None
+    return tuned.us(NAME, op, problem, gpu(index), arch(index).name)
+
+
 @functools.cache
 def _launchers() -> dict[str, Callable]:
     """Imports triton."""
@@ -188,6 +195,18 @@ def _launchers() -> dict[str, Callable]:
     return {f.__name__: f for f in functions} | {"fprop_fp8": fprop}
 
 
+def scale_shift(
+    stats: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """[C] each, for a second output: bn(y) = y * scale + shift; `like` is of the dtype and device of y, of 16 bits."""
+    from wrn_fast.kernels.stats import affine
+
+    with on_device(like.device):
+        table = affine(stats, gamma, beta, eps, like.dtype)
+    assert table is not None
+    return table[0], table[1]
+
+
 def launch(op: str, problem: ConvProblem, tile: configs.TileConfig | None, *tensors: Any) -> Any:
     """Runs `op` with the given tile (None: the chosen one) on the device of the first tensor."""
     assert tensors[0] is not None
@@ -198,9 +217,7 @@ def launch(op: str, problem: ConvProblem, tile: configs.TileConfig | None, *tens
         how = (config(op, problem, index), "fp8")
     else:
         how = (tile or config(_KERNEL_OF.get(op, op), problem, index), dot_precision(problem, index))
-    if index is None or index == torch.cuda.current_device():
-        return _launchers()[op](problem, *how, *tensors)
-    with torch.cuda.device(index):
+    with on_device(tensors[0].device):
         return _launchers()[op](problem, *how, *tensors)
 
 

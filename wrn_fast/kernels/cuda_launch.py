@@ -14,7 +14,9 @@ from wrn_fast.kernels.cuda_passes import (
     absent,
     aligned,
     bn_act,
+    current_stream,
     new,
+    on_device,
     ptr,
     quantize,
     queue,
@@ -201,6 +203,15 @@ def fprop(
             stats_y,
             absent(x, p.dtype) if y_act is None else y_act,
         )
+
+
+def scale_shift(
+    e: Any, stats: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """bn(y) = y * scale + shift, [C] float32 each."""
+    with on_device(like.device):
+        table = affine(e, like, stats, gamma, beta, eps, current_stream(like.device)).tensor
+    return table[0], table[1]
 
 
 def dgrad(

@@ -105,10 +105,10 @@ def affine(
     """[4, C] float32: scale, shift, mean, rstd of bn(x) = x * scale + shift."""
 
     def make() -> Tensor:
-        table = torch.empty((4, x.shape[1]), dtype=torch.float32, device=x.device)
+        table = torch.empty((4, stats.shape[1]), dtype=torch.float32, device=x.device)
         vectors = [vector(v) for v in (stats, gamma, beta)]
         e.affine_table(
-            wide=FLOAT32, C=x.shape[1], stats=ptr(vectors[0]), gamma=ptr(vectors[1]), beta=ptr(vectors[2]), eps=eps,
+            wide=FLOAT32, C=stats.shape[1], stats=ptr(vectors[0]), gamma=ptr(vectors[1]), beta=ptr(vectors[2]), eps=eps,
             table=ptr(table), stream=stream,
         )  # fmt: skip
         return table

@@ -18,7 +18,7 @@ from wrn_fast import cache
 from wrn_fast.errors import WrnFastError
 from wrn_fast.problem import ConvProblem
 
-FORMAT = 2
+FORMAT = 3
 BACKENDS = ("triton", "cuda")
 OPS = ("fprop", "dgrad", "wgrad")
 DTYPES = ("float16", "bfloat16", "float32")
@@ -41,6 +41,7 @@ class Key(NamedTuple):
     P: int
     Q: int
     source: bool  # does act(bn(.)) stand before the convolution?
+    second: bool  # are both y and its activated copy written?
     pixels_log2: int
 
 
@@ -50,7 +51,8 @@ def key(backend: str, op: str, problem: ConvProblem) -> Key:
     nearest = ((2 * pixels * pixels).bit_length() - 1) // 2
     return Key(
         backend, op, str(problem.dtype).removeprefix("torch."), problem.C, problem.K, problem.R, problem.S,
-        problem.stride, problem.P, problem.Q, problem.prologue or problem.act != "identity", nearest,
+        problem.stride, problem.P, problem.Q, problem.prologue or problem.act != "identity",
+        problem.want_y and problem.act_out != "none", nearest,
     )  # fmt: skip
 
 
@@ -66,7 +68,7 @@ def validate(value: object) -> dict[Key, dict[str, Any]]:
     head = cache.fields("head", document["head"], {name: int if name == "sms" else str for name in HEAD})
     if not head["gpu"]:
         raise WrnFastError("`head.gpu`: expected the name of a GPU, got ''")
-    kinds = {"backend": str, "op": str, "dtype": str, "source": bool}
+    kinds = {"backend": str, "op": str, "dtype": str, "source": bool, "second": bool}
     wanted = {name: kinds.get(name, int) for name in Key._fields}
     rows: dict[Key, dict[str, Any]] = {}
     for row in document["rows"]:
@@ -77,7 +79,7 @@ def validate(value: object) -> dict[Key, dict[str, Any]]:
         tile = cache.fields("tile", row["tile"], TILE)
         if len(tile["cols"]) != 2 or any(type(c) is not int for c in tile["cols"]):
             raise WrnFastError(f"`tile.cols`: expected two widths, got {tile['cols']}")
-        rows[Key(*(row[name] for name in Key._fields))] = tile
+        rows[Key(*(row[name] for name in Key._fields))] = row
     return rows
 
 
@@ -118,5 +120,16 @@ def table(gpu: str, arch: str) -> dict[Key, dict[str, Any]]:
 
 def lookup(backend: str, op: str, problem: ConvProblem, gpu: str, arch: str) -> dict[str, Any] | None:
     """The tile that was measured as the fastest for the problem's class on this GPU, or None."""
+    row = _row(backend, op, problem, gpu, arch)
+    return None if row is None else row["tile"]
+
+
+def us(backend: str, op: str, problem: ConvProblem, gpu: str, arch: str) -> float | None:
+    """Microseconds that the fastest tile took, or None."""
+    row = _row(backend, op, problem, gpu, arch)
+    return None if row is None else float(row["us"])
+
+
+def _row(backend: str, op: str, problem: ConvProblem, gpu: str, arch: str) -> dict[str, Any] | None:
     rows = table(gpu, arch)
     return rows.get(key(backend, op, problem)) if rows else None
