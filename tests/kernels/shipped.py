@@ -106,6 +106,19 @@ def _others(route: Route) -> Iterator[tuple[str, str, ConvProblem]]:
     yield "640 eval head_bwd", "head_bwd", head
 
 
+def _activated(route: Route) -> Iterator[tuple[str, str, ConvProblem]]:
+    """(name, operator, problem) of layers that write the next one's activation, some of them nothing else."""
+    alone = {"act_out": "relu", "want_y": False}
+    for width in (16, 32, 64, 160, 320, 640):
+        yield f"{width} inner", "fprop", layer(width, width, IMAGES[width], route, **alone)
+    for width in (32, 160):
+        dropped = alone | {"p": 0.3, "drop_at": "output_act"}
+        yield f"{width} inner dropped", "fprop", layer(width, width, IMAGES[width], route, **dropped)
+    yield "160-320 inner", "fprop", layer(160, 320, 32, route, 3, 2, **alone)
+    raw_short = {"short_C": 160, "short_stride": 2}
+    yield "160-320 both", "fprop", layer(320, 320, 16, route, **raw_short, act_out="relu")
+
+
 def cases() -> dict[str, Shipped]:
     """By name: target, route, width and form."""
     found = {}
@@ -120,6 +133,9 @@ def cases() -> dict[str, Shipped]:
                     found[f"{target} {name} {width} {form}"] = Shipped(*here[form], target, precision)
             if name in ("bf16 n128", "fp32 n128"):
                 for what, op, problem in _others(route):
+                    found[f"{target} {name} {what}"] = Shipped(op, problem, target, precision)
+            if name == "bf16 n128":
+                for what, op, problem in _activated(route):
                     found[f"{target} {name} {what}"] = Shipped(op, problem, target, precision)
     fp8 = ROUTES["bf16 n128"]
     for target in FP8_TARGETS:
