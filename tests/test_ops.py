@@ -210,6 +210,16 @@ def test_statistics_handed_on_carry_their_gradient():
     assert torch.autograd.gradcheck(chain, inputs)
 
 
+def test_gradients_of_filters_have_their_strides():
+    """A 1x1 filter's strides are ambiguous; DistributedDataParallel warns of any but the parameter's."""
+    w = torch.randn(8, 6, 3, 3, requires_grad=True)
+    w_short = torch.randn(8, 6, 1, 1, requires_grad=True)
+    x = torch.randn(2, 6, 5, 5)
+    y = bn_act_conv(x, w, x_short=x, w_short=w_short, pad=(1,) * 4)[0]
+    y.square().sum().backward()
+    assert w.grad.stride() == w.stride() and w_short.grad.stride() == w_short.stride()
+
+
 def test_bias_and_affine_gradients_have_the_dtype_of_their_parameter():
     call = build({"bias": True, "batch_stats": True}, torch.float64)
     leaves = {name: call.tensors[name].to(torch.float32).requires_grad_() for name in ("gamma", "beta", "bias")}

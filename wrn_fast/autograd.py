@@ -245,7 +245,9 @@ def _of_source(grads: dict[str, Tensor | None], wanted: set[str], dy: Tensor, so
                 g = ops.bn_bwd_apply(g, x, stats, gamma, sums_g if want_sums else None, eps, batch_stats)
             grads[x_name] = g
     if w_name in wanted:
-        grads[w_name] = ops.wgrad(dy, x, stats, gamma, beta, rng, w.shape, w.dtype, stride, pad, act, slope, eps, p)
+        dw = ops.wgrad(dy, x, stats, gamma, beta, rng, w.shape, w.dtype, stride, pad, act, slope, eps, p)
+        # A 1x1 filter's memory is the same in either format, but DistributedDataParallel compares strides.
+        grads[w_name] = dw.reshape(w.shape[:2]).view(w.shape) if w.shape[2:] == (1, 1) else dw
 
 
 @torch.enable_grad()
