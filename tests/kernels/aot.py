@@ -37,7 +37,7 @@ TABLE = Path(__file__).with_name("aot.json")
 _FMA_PER_CLOCK = {"sm_80": 1024, "sm_89": 256, "sm_90": 2048, "gfx942": 1024}
 _POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float8_e4m3fn: "*fp8e4nv",
-    torch.float8_e4m3fnuz: "*fp8e4b8", torch.int64: "*i64", torch.uint8: "*u8",
+    torch.float8_e4m3fnuz: "*fp8e4b8", torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8",
 }  # fmt: skip
 
 
@@ -139,7 +139,20 @@ def _call(case: Shipped) -> None:
             problem, torch.empty((problem.N, problem.C), device="meta"), t["x"], *vectors
         ),
     }
+    calls["renew"] = lambda: _renew(problem)
     calls[op]()
+
+
+def _renew(problem: ConvProblem) -> None:
+    """What a graph's filters and BatchNorms are made again by."""
+    from wrn_fast.kernels.triton_weights import Norm, Renewer
+
+    renewer, p = Renewer(torch.device("meta")), problem
+    w = torch.empty((p.K, p.C, p.R, p.S), dtype=p.w_dtype, device="meta")
+    renewer.add_filter(w, torch.empty((p.K, p.R, p.S, p.C), dtype=p.dtype, device="meta"))
+    of_norm = p.w_dtype, p.w_dtype, p.stats_dtype
+    renewer.add_norm(Norm(1e-5, True, True, p.dtype.itemsize > 2, *of_norm), p.C, *(0,) * 6)
+    renewer.renew(True)
 
 
 def compile_launch(launch: Launch, target: str, **more: Any) -> Any:

@@ -97,6 +97,11 @@ def _others(route: Route) -> Iterator[tuple[str, str, ConvProblem]]:
         yield f"{width} bn_bwd_apply", "bn_bwd_apply", same(prologue=True, affine=True, batch_stats=True)
         yield f"{width} channel_stats", "channel_stats", same()
         yield f"{width} dropout", "dropout", same(p=0.3, drop_at="output")
+    for taps in (1, 3):
+        filters = layer(160, 160, 32, route, taps)
+        yield f"160 renew {taps}x{taps}", "renew", filters
+        if route.dtype != torch.float32:
+            yield f"160 renew {taps}x{taps} of float32", "renew", filters._replace(w_dtype=torch.float32)
     for width in (64, 128, 256, 640):
         head = ConvProblem("cuda", route.dtype, torch.float32, route.batch, 8, 8, width, 10, 1, 1, bias=True, **ACT)
         yield f"{width} head", "head", head

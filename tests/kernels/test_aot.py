@@ -62,10 +62,14 @@ def test_shared_memory_fits_the_chip():
 
 
 def test_two_byte_loads_only_where_a_row_is_too_short_for_others():
-    """Odd channel counts; 16 columns, which are two bytes of a bit mask and less than a wave of gfx942 loads."""
+    """Odd channel counts; 16 columns, which are two bytes of a bit mask and less than a wave of gfx942 loads.
+
+    And a 16-bit filter of any strides, that is read when it has changed, and its BatchNorm.
+    """
     for name, row in rows():
         odd = width_of(name) in ("3-16", "7")
         allowed = 9 if name.startswith("gfx942 ") else 2 if name.endswith(" input_grad") else 0
+        allowed = 34 if " renew " in name else allowed
         assert row["narrow"] <= allowed or odd, (name, row)
 
 

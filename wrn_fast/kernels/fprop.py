@@ -14,6 +14,7 @@ from wrn_fast.kernels.dropout import apply
 from wrn_fast.kernels.fp8 import Ranges
 from wrn_fast.kernels.stats import affine, centered, merge
 from wrn_fast.kernels.tile import ACTS
+from wrn_fast.kernels.triton_weights import packed
 from wrn_fast.problem import ConvProblem
 
 
@@ -100,7 +101,11 @@ def fprop_spec(
 
 def pack(w: Tensor, dtype: torch.dtype) -> Tensor:
     """The filter in memory order [K,R,S,C] and `dtype`: no copy where it is that already, one kernel where not."""
-    return contiguous(w.permute(0, 2, 3, 1), dtype)
+    rows = w.permute(0, 2, 3, 1)
+    if w.dtype == dtype and rows.is_contiguous():
+        return rows
+    ready = packed(w, dtype, lambda: contiguous(rows, dtype))
+    return contiguous(rows, dtype) if ready is None else ready
 
 
 def contiguous(w: Tensor, dtype: torch.dtype) -> Tensor:
@@ -151,17 +156,17 @@ def fprop(
     if ranges is not None:
         act, slope, dtype = problem.act, problem.slope, ranges.dtype
         source = apply(x, table, mask, act, slope, problem.p, ranges.x, dtype)
-        packed, factor = fp8.pack(pack(w, w.dtype), ranges.x, dtype)
+        filters, factor = fp8.pack(pack(w, w.dtype), ranges.x, dtype)
         if x_short is not None and w_short is not None and ranges.short is not None:
             x_short = apply(x_short, affine(*short_vectors), None, problem.short_act, slope, 0.0, ranges.short, dtype)
             w_short, factor_short = fp8.pack(pack(w_short, w_short.dtype), ranges.short, dtype)
     else:
-        source, packed = x, pack(w, x.dtype)
+        source, filters = x, pack(w, x.dtype)
         if not spec.source and (problem.prologue or problem.act != "identity" or mask is not None):
             source = apply(x, table, mask, problem.act, problem.slope, problem.p)
         w_short = None if w_short is None else pack(w_short, x.dtype)
     conv.launch(
-        problem.N, spec, config, precision, problem.p, source, packed, y, affine=table if spec.bn else None,
+        problem.N, spec, config, precision, problem.p, source, filters, y, affine=table if spec.bn else None,
         x_short=x_short, w_short=w_short,
         affine_short=affine(*short_vectors) if spec.short_bn else None, y_act=y_act if spec.act_out >= 0 else None,
         residual=residual, bias=bias, out_scale=out_scale, out_shift=out_shift, rng=rng if spec.drops else None,

@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from wrn_fast.kernels.bound import Bound
-from wrn_fast.kernels.tile import rsqrt, sum_rows, tile_stats, wide
+from wrn_fast.kernels.tile import sum_rows, tile_stats, wide
+from wrn_fast.kernels.triton_weights import folded, scale_shift
 from wrn_fast.problem import ConvProblem
 
 GROUP = 64  # tiles that one program merges
@@ -148,15 +149,8 @@ def _affine_kernel(stats, gamma, beta, out, CHANNELS: tl.constexpr, EPS: tl.cons
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     m = c < CHANNELS
     mean = tl.load(stats + c, mask=m, other=0.0)
-    rstd = rsqrt(tl.load(stats + CHANNELS + c, mask=m, other=1.0) + EPS, WIDE)
-    scale = rstd
-    if GAMMA:
-        scale = rstd * tl.load(gamma + c, mask=m, other=0.0).to(WIDE)
-    shift = mean * 0.0
-    if BETA:
-        shift = tl.load(beta + c, mask=m, other=0.0).to(WIDE)
-    if not CENTER:
-        shift = shift - mean * scale
+    var = tl.load(stats + CHANNELS + c, mask=m, other=1.0)
+    scale, shift, rstd = scale_shift(mean, var, gamma, beta, c, m, EPS, GAMMA, BETA, CENTER, WIDE)
     tl.store(out + c, scale, mask=m)
     tl.store(out + CHANNELS + c, shift, mask=m)
     tl.store(out + 2 * CHANNELS + c, mean, mask=m)
@@ -174,6 +168,12 @@ def affine(
     """[4, C] of `_affine_kernel` for an x of `dtype`; None without statistics."""
     if stats is None:
         return None
+    given = stats, gamma, beta, eps, centered(dtype)
+    ready = folded(*given, lambda: _fold(*given))
+    return _fold(*given) if ready is None else ready
+
+
+def _fold(stats: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, center: bool) -> Tensor:
     channels = stats.shape[1]
     stats = stats.contiguous()
     out = torch.empty((4, channels), dtype=stats.dtype, device=stats.device)
@@ -182,6 +182,6 @@ def affine(
         (-(-channels // _AFFINE_C), 1, 1),
         (stats, gamma, beta, out),
         (),
-        (channels, eps, gamma is not None, beta is not None, centered(dtype), _AFFINE_C, wide(stats.dtype)),
+        (channels, eps, gamma is not None, beta is not None, center, _AFFINE_C, wide(stats.dtype)),
     )
     return out
