@@ -117,6 +117,9 @@ def test_where_it_may_not_serve(calls):
         model(x)
         assert calls[3:] == [True]
         model.block1.layer[0].bn1.double()
+        model.block2.layer[0].bn1.bfloat16()
+        half = torch.randn(1, 32, 8, 8).bfloat16()
+        assert chain.run_blocks([model.block2.layer[0].parts()], half) is None
         del calls[:]
         with pytest.raises(RuntimeError):
             model.block1.layer[0].bn1(x[:, :1].expand(-1, 16, -1, -1))

@@ -14,7 +14,7 @@ from wrn_fast.problem import ConvProblem
 
 
 class Norm(NamedTuple):
-    """BatchNorm with given statistics: [C] float32 each; the eps is the problem's."""
+    """BatchNorm with given statistics: [C] each, in a backend's own chain float32; the eps is the problem's."""
 
     mean: Tensor | None
     var: Tensor | None

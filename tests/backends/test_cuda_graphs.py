@@ -65,9 +65,10 @@ def test_a_graph_has_a_kernel_a_convolution_and_no_other(tapes, seed):
 
 
 @torch.no_grad()
-def test_a_layer_writes_the_next_ones_activation(recorder, seed):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_layer_writes_the_next_ones_activation(recorder, seed, dtype):
     """Only the first convolution has a prologue; y is written where it is the result."""
-    net(seed)(image())
+    net(seed).to(dtype)(image())
     calls = [arguments for name, arguments in recorder.calls if name == "fprop"]
     given = {name: [bool(c[name]) for c in calls] for name in ("scale", "short_scale", "out_scale", "y_act", "y")}
     assert given["scale"] == [True, False, False, False] and not any(given["short_scale"])
