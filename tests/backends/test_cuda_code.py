@@ -95,4 +95,4 @@ def test_the_experiments_for_hopper_compile(tmp_path):
     """Straight-line products, no spills: else they would measure something else."""
     tool("nvcc")
     report = run(*hopper.compile_command(tmp_path / "hopper"), "-Xptxas", "-v")
-    assert "C75" not in report and re.findall(r"(\d+) bytes spill stores", report) == ["0"] * 4
+    assert "C75" not in report and set(re.findall(r"(\d+) bytes spill stores", report)) == {"0"}
