@@ -202,6 +202,14 @@ def test_what_the_shifted_starts_say():
     assert "no start" in hopper.told("shift", [row | {"wrong with base offset 0": 1}])["text"]
 
 
+def test_what_the_boxes_say():
+    rates_of = {(64, 1): 18.0, (64, 2): 30.0, (128, 1): 36.0, (128, 2): 63.0, (288, 1): 27.0}
+    rows = [{"row bytes": size, "blocks": blocks, "B/clk": rate} for (size, blocks), rate in rates_of.items()]
+    found = hopper.told("boxes", rows)
+    assert "64 B 0.50, 288 B 0.75; shared by two blocks 1.75" in found["text"]
+    assert [row["predicted B/clk"] for row in found["rows"]] == [36, 72, 36, 72, 36]
+
+
 def test_a_writer_and_a_reader_are_added_up():
     us = {"store, t": 1.0, "residual, t": 2.0, "residual, second output, t": 2.5, "prologue, t": 1.25,
           "pass and store, t": 3.0}  # fmt: skip
