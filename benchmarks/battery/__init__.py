@@ -58,7 +58,8 @@ def result(status: str, text: str, goals: Sequence[Goal] = (), **figures: Any) -
 def python(words: Sequence[str], seconds: float, before: Sequence[str] = (), **environment: str) -> Result:
     """Run a Python command of the repository in a process of its own; its last line is the text."""
     command = [*before, sys.executable, *words]
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), **environment}
+    folders = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), **environment}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=ROOT, env=variables)
     except subprocess.TimeoutExpired:

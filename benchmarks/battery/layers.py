@@ -20,6 +20,7 @@ from benchmarks.battery.rates import (
     COPY_BYTES,
     Call,
     Layer,
+    arguments,
     launching,
     library,
     medians,
@@ -97,6 +98,10 @@ def row(op: str, layer: Layer, n: int, device: str, seconds: float) -> Result:
                 missing[f"{name} {use}"] = reason
             else:
                 roads[f"{name} {use}"] = (launching(module, op, problem), problem.flops)
+    if op == "fprop" and layer.regular and n == INFERENCE and cuda.unsupported("fprop_fp8", plain) is None:
+        largest = torch.full((1,), 4.0, device=device)
+        e4m3 = partial(cuda.launch, "fprop_fp8", plain, None, *arguments(op, plain), (largest, None))
+        roads["cuda plain in e4m3"] = (e4m3, plain.flops)
     torch.backends.cudnn.benchmark = True
     times = medians({name: call for name, (call, _) in roads.items()}, device)
     rates = {name: work / times[name] / 1e12 for name, (_, work) in roads.items()}
@@ -112,7 +117,7 @@ def row(op: str, layer: Layer, n: int, device: str, seconds: float) -> Result:
 def goals_of(layer: Layer, times: dict[str, float], rates: dict[str, float]) -> list[Goal]:
     """Of our own roads with what is fused into them."""
     found = []
-    for name in (name for name in times if name.startswith("cuda ") and name != "cuda plain"):
+    for name in (name for name in times if name.startswith("cuda ") and "plain" not in name):
         if layer.regular:
             ratio = rates[name] / rates["square product"]
             found.append(Goal(f"{name}, of the matrix product", OF_PRODUCT, ratio))

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.battery import FAILED, NOT_RUN, OK, Result, Step, Steps, python, result
 from benchmarks.battery.replaced import on_the_cpu
-from benchmarks.battery.stress import split_reductions
+from benchmarks.battery.stress import far, split_reductions
 from wrn_fast import dispatch, tune
 from wrn_fast.backends import cuda, triton
 
@@ -31,14 +31,16 @@ def cuda_steps(dry: bool) -> Steps:
         return {
             "integers": Step(partial(on_the_cpu, partial(kernels, "fp16", "cpu", network)), 5),
             "split reductions": Step(partial(on_the_cpu, partial(split_reductions, torch.float16, "cpu")), 5),
+            "beyond 2^31 elements": Step(partial(on_the_cpu, partial(far, "cuda", "cpu", n=3)), 5),
         }
     found = {"extensions": extensions()}
     found |= {f"integers {name}": Step(partial(kernels, name), 25) for name in HALVES}
     found |= {
         f"split reductions {name}": Step(partial(split_reductions, dtype, "cuda"), 20) for name, dtype in HALVES.items()
     }
+    found["beyond 2^31 elements"] = Step(partial(far, "cuda", "cuda"), 15)
     for name in ("bfloat16", "float16"):
-        found[f"primitives {name}"] = Step(partial(primitives, f"cuda and {name}"), 100)
+        found[f"primitives {name}"] = Step(partial(primitives, f"cuda and {name}"), 90)
     found["special values"] = Step(partial(primitives, SPECIAL.format("cuda"), tests=EXACT), 40)
     return found | {"primitives float32": Step(partial(primitives, "cuda and float32"), 60)}
 
@@ -61,6 +63,7 @@ def triton_steps(dry: bool) -> Steps:
                 partial(integers, network, dtype, "cuda"), seconds
             )
     found["integers of boxes"] = Step(partial(special, "cuda"), 15)
+    found["beyond 2^31 elements"] = Step(partial(far, "triton", "cuda"), 20)
     found["special values"] = Step(partial(primitives, SPECIAL.format("triton"), tests=EXACT), 60)
     for name in ("float32", "bfloat16", "float16"):
         found[f"primitives {name}"] = Step(partial(primitives, f"triton and {name}"), 70)

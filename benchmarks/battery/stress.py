@@ -1,4 +1,4 @@
-"""Does the last block of a split reduction see what the others wrote? A fence that is missing shows once in many runs.
+"""What few calls do not show: a fence that is missing between the blocks of a split sum, an index that wraps at 2^31.
 
 Whole numbers make every sum exact in float32 in any order, so a split call equals the unsplit one, and the library's
 convolution of the same numbers in float64, bit for bit.
@@ -17,6 +17,7 @@ from torch import Tensor
 from benchmarks.battery import FAILED, NOT_RUN, OK, Result, result
 from benchmarks.battery.rates import Layer, problem_of
 from benchmarks.battery.replaced import extension, unsplit
+from wrn_fast import dispatch
 from wrn_fast.backends import cuda
 from wrn_fast.kernels import cuda_launch
 from wrn_fast.kernels.cuda_launch import Tile
@@ -29,6 +30,8 @@ LAYERS = (
 )  # fmt: skip
 BATCHES = (1, 2, 8)
 REPEATS = 400
+# The first batch of which a tensor of 160 channels on 32x32 has 2^31 elements, and one more.
+FAR = 13_109
 # Different ones in turn: the memory of partial sums is the same each time, and stale sums must be wrong sums.
 INPUTS = 4
 
@@ -107,8 +110,45 @@ def split_reductions(dtype: torch.dtype, device: str, seconds: float) -> Result:
             call, _ = prepared[i % INPUTS]
             bad += (call() != whole[i % INPUTS]).any()
         ran, most = ran + 1, max(most, pieces)
+        if noise:
+            noise.synchronize()
         if int(bad):
             wrong.append(f"{op} of {problem.N}x{problem.C}x{problem.H}x{problem.W}: {int(bad)} of {repeats} calls")
     if wrong:
         return result(FAILED, f"{len(wrong)} of {ran} problems: {wrong[0]}", wrong=wrong)
     return result(OK, f"{ran} problems, {repeats} calls each, up to {most} pieces: bit-equal to the unsplit sums")
+
+
+def far(backend: str, device: str, seconds: float, n: int = FAR) -> Result:
+    """Tensors of more than 2^31 elements: what is made of the last image is what is made of it alone."""
+    module: Any = dispatch.load(backend)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float16
+    layer = LAYERS[0] if device == "cuda" else Layer(16, 16, 4)
+    whole = problem_of(layer, n, device, act="identity")._replace(dtype=dtype, w_dtype=dtype)
+    alone = whole._replace(N=1)
+    normal = {"prologue": True, "affine": True, "act": "relu"}
+    for op in ("fprop", "dgrad", "wgrad"):
+        reason = module.unsupported(op, whole)
+        if reason:
+            return result(NOT_RUN, reason)
+    w = whole_numbers((whole.K, whole.C, whole.R, whole.S), 1, dtype, device)
+    # Zero but for the last image, so that a sum over images is that of the last one.
+    x, dy = (torch.zeros(n, c, whole.H, whole.W, dtype=dtype, device=device) for c in (whole.C, whole.K))
+    x, dy = (v.contiguous(memory_format=torch.channels_last) for v in (x, dy))
+    for v in (x, dy):
+        v[-1:] = whole_numbers((1, *v.shape[1:]), 2, dtype, device)
+    stats = torch.stack([torch.zeros(whole.C, device=device), torch.ones(whole.C, device=device)])
+    runs: dict[str, Callable[[ConvProblem, Tensor, Tensor], Tensor]] = {
+        "fprop": lambda p, x, dy: module.fprop(p, x, w, *[None] * 13)[0],
+        "dgrad": lambda p, x, dy: module.dgrad(p, dy, x, w, *[None] * 4)[0],
+        "wgrad": lambda p, x, dy: module.wgrad(p, dy, x, *[None] * 4),
+        "bn_bwd_apply": lambda p, x, dy: module.bn_bwd_apply(p._replace(**normal), dy, x, stats, stats[1], None),
+    }
+    wrong = []
+    for name, run in runs.items():
+        got, want = run(whole, x, dy), run(alone, x[-1:], dy[-1:])
+        if not torch.equal(got if name == "wgrad" else got[-1:], want):
+            wrong.append(name)
+        del got
+    text = f"{', '.join(wrong)} of the last image differ" if wrong else f"the last of {n} images is right"
+    return result(FAILED if wrong else OK, text, elements=x.numel())

@@ -115,6 +115,7 @@ def replayed(case: Case, target: Target, seconds: float) -> Result:
         fast = wrn_fast.graphed(model, x)
 
         def run() -> None:
+            model.zero_grad(set_to_none=True)
             y = fast(x)
             if training:
                 F.cross_entropy(y.float(), labels).backward()
