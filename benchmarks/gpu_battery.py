@@ -10,9 +10,9 @@
     targets        images a second and latency from end to end against torch.compile max-autotune
     models-cuda    whole models on the hand-written kernels: outputs, gradients, graphs, Monte-Carlo dropout
     sanitize-cuda  the hand-written kernels and a graph under the GPU vendor's sanitizers
-    parity-triton, models-triton, sanitize-triton          the same of the Triton kernels
-    tune-wide, tune-narrow                                 the fastest tiles of this GPU
-    bench-wide, bench-narrow                               more networks and batches against the same rivals
+    tiles-triton, parity-triton, models-triton, sanitize-triton  the same of the Triton kernels
+    tune-wide, tune-narrow  the fastest tiles of this GPU
+    bench-wide, bench-narrow  more networks and batches against the same rivals
 
 Each step's result is written as soon as it is there, so a run that was cut short goes on where it stopped; what failed
 or could not run is run again. A step that would not end within the limit waits for the next run. The report is one JSON
@@ -38,8 +38,8 @@ from rich.table import Table
 from benchmarks.battery import FAILED, OK, Result, Step, Steps, result
 
 STAGES = (
-    "chip", "parity-cuda", "layers", "targets", "models-cuda", "sanitize-cuda", "parity-triton", "models-triton",
-    "sanitize-triton", "tune-wide", "tune-narrow", "bench-wide", "bench-narrow",
+    "chip", "parity-cuda", "layers", "targets", "models-cuda", "sanitize-cuda", "tiles-triton", "parity-triton",
+    "models-triton", "sanitize-triton", "tune-wide", "tune-narrow", "bench-wide", "bench-narrow",
 )  # fmt: skip
 STAGE_S = 9 * 60
 FORMAT = 2
@@ -77,6 +77,7 @@ def steps_of(stage: str, dry: bool) -> Steps:
         "targets": targets.steps,
         "models-cuda": models.cuda_steps,
         "sanitize-cuda": sanitize.cuda_steps,
+        "tiles-triton": parity.tile_steps,
         "parity-triton": parity.triton_steps,
         "models-triton": models.triton_steps,
         "sanitize-triton": sanitize.triton_steps,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import battery, gpu_battery
-from benchmarks.battery import Goal, Step, hopper, layers, rates, replaced, stress, targets
+from benchmarks.battery import Goal, Step, hopper, layers, parity, rates, replaced, stress, targets
 from benchmarks.cases import Case
 
 ROOT = Path(__file__).parents[1]
@@ -246,6 +246,22 @@ def test_stale_sums_of_another_input_would_be_seen():
     assert max(float(v.abs().max()) for v in outputs) < 2**24
 
 
+def broken(monkeypatch, outputs):
+    """Changes the convolutions of the stress steps: `outputs` gets each call's number and what it gave."""
+    count, first = iter(range(10**6)), stress._first
+    monkeypatch.setattr(stress, "_first", lambda *given: outputs(next(count), first(*given)))
+
+
+@pytest.mark.parametrize("number, status", [(None, "ok"), (0, "failed"), (5, "failed")])
+def test_one_wrong_sum_in_many_is_found(monkeypatch, number, status):
+    """The first calls are the unsplit ones, which the library's convolution is compared with."""
+    import torch
+
+    broken(monkeypatch, lambda i, y: y + 1 if i == number else y)
+    found = replaced.on_the_cpu(lambda s: stress.split_reductions(torch.float16, "cpu", s), 60)
+    assert found["status"] in (status, "not run")
+
+
 # Stages.
 
 
@@ -274,6 +290,24 @@ def test_stages_have_what_was_asked_for(stages):
             "latency batch 1"} <= set(stages["targets"])  # fmt: skip
     wide = " ".join(stages["bench-wide"])
     assert "WRN-34-10 inference" in wide and "WRN-70-16 inference" in wide
+
+
+def test_the_primitives_of_one_dtype_are_not_those_of_another():
+    words = [
+        *parity.PRIMITIVES,
+        "--collect-only",
+        "-q",
+        "--all-cases",
+        "-k",
+        f"cuda and float16{parity.NO_OTHER['float16']}",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *words], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    found = [line for line in done.stdout.splitlines() if "::" in line]
+    ops = {"dgrad", "wgrad", "fprop", "input_grad", "channel_stats", "bn_bwd_apply", "dropout", "mask", "test_head"}
+    assert found and all("-float16" in line or "float16-" in line for line in found)
+    assert not any("bfloat16" in line for line in found) and all(any(op in line for line in found) for op in ops)
 
 
 def test_without_a_gpu_the_battery_says_so():

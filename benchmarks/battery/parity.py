@@ -15,9 +15,12 @@ from wrn_fast import dispatch, tune
 from wrn_fast.backends import cuda, triton
 
 PRIMITIVES = ("tests/backends/test_primitives.py", "tests/backends/test_masks.py", "tests/backends/test_head.py")
-# NaN, infinities, denormals, the same bits in every run, inputs that stay.
-EXACT = ("tests/backends/test_exact.py",)
-SPECIAL = "{} and (nan or denormals or bits or inputs_stay)"
+# Whole numbers of every small image, NaN, infinities, denormals, the same bits in every run, inputs that stay, what a
+# changed input must change: by a dtype of the backend's own.
+PROPERTIES = (PRIMITIVES[0], "tests/backends/test_exact.py", "tests/backends/test_metamorphic.py")
+NO_DTYPE = " and not float"
+# What else has the dtype's name in its own.
+NO_OTHER = {"float32": "", "bfloat16": "", "float16": " and not bfloat16"}
 # (depth, width, batch) of the networks whose tiles are proved.
 NETWORKS = ((28, 10, 128), (28, 10, 1), (28, 2, 512), (16, 4, 512), (40, 2, 512))
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,17 +43,16 @@ def cuda_steps(dry: bool) -> Steps:
     }
     found["beyond 2^31 elements"] = Step(partial(far, "cuda", "cuda"), 15)
     for name in ("bfloat16", "float16"):
-        found[f"primitives {name}"] = Step(partial(primitives, f"cuda and {name}"), 90)
-    found["special values"] = Step(partial(primitives, SPECIAL.format("cuda"), tests=EXACT), 40)
+        found[f"primitives {name}"] = Step(partial(primitives, f"cuda and {name}{NO_OTHER[name]}"), 90)
+    found["special values"] = Step(partial(primitives, f"cuda{NO_DTYPE}", tests=PROPERTIES), 60)
     return found | {"primitives float32": Step(partial(primitives, "cuda and float32"), 60)}
 
 
-def triton_steps(dry: bool) -> Steps:
-    """Of the Triton kernels."""
+def tile_steps(dry: bool) -> Steps:
+    """Of every tile that the Triton kernels choose."""
     if dry:
         return {
             "integers WRN-10-1 fp32": Step(partial(integers, (10, 1, 1), "fp32", "cpu"), 5),
-            "primitives float64": Step(partial(primitives, "aten and channel_stats and float64"), 5),
             "integers of boxes": Step(partial(special, "cpu"), 5),
         }
     found: Steps = {}
@@ -58,16 +60,21 @@ def triton_steps(dry: bool) -> Steps:
         for network in NETWORKS:
             depth, width, batch = network
             # Tiles are compiled for the first network of a dtype, the others bring few new ones.
-            seconds = 30 if network is NETWORKS[0] else 12
+            seconds = 40 if network is NETWORKS[0] else 18
             found[f"integers WRN-{depth}-{width} batch {batch} {dtype}"] = Step(
                 partial(integers, network, dtype, "cuda"), seconds
             )
-    found["integers of boxes"] = Step(partial(special, "cuda"), 15)
-    found["beyond 2^31 elements"] = Step(partial(far, "triton", "cuda"), 20)
-    found["special values"] = Step(partial(primitives, SPECIAL.format("triton"), tests=EXACT), 60)
-    for name in ("float32", "bfloat16", "float16"):
-        found[f"primitives {name}"] = Step(partial(primitives, f"triton and {name}"), 70)
-    return found
+    return found | {"integers of boxes": Step(partial(special, "cuda"), 15)}
+
+
+def triton_steps(dry: bool) -> Steps:
+    """Of the Triton kernels through the operators."""
+    if dry:
+        return {"primitives float64": Step(partial(primitives, "aten and channel_stats and float64"), 5)}
+    found = {"special values": Step(partial(primitives, f"triton{NO_DTYPE}", tests=PROPERTIES), 120)}
+    for name in ("bfloat16", "float16", "float32"):
+        found[f"primitives {name}"] = Step(partial(primitives, f"triton and {name}{NO_OTHER[name]}"), 90)
+    return found | {"beyond 2^31 elements": Step(partial(far, "triton", "cuda"), 20)}
 
 
 def extensions() -> Step:
