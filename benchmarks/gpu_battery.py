@@ -16,7 +16,8 @@
 
 Each step's result is written as soon as it is there, so a run that was cut short goes on where it stopped; what failed
 or could not run is run again. A step that would not end within the limit waits for the next run. The report is one JSON
-file with GPU, driver and versions, prediction beside measurement, and each goal with whether it was met; and a table.
+file with GPU, driver and versions, prediction beside measurement, and each goal with whether it was met; a table; and a
+log in Markdown beside the JSON file, which keeps what was measured with earlier code.
 Exit status: 0 if every step that ran is well, 1 if one failed, 3 if the time limit left steps for another run. A goal
 that was missed is no failure.
 """
@@ -110,7 +111,9 @@ def head(dry: bool) -> dict[str, str]:
 
 
 class Report:
-    """The JSON file: read if it is of the same machine and code, written after each step."""
+    """The JSON file: read if it is of the same machine and code, written after each step. Beside it a log in Markdown,
+    which only grows: what was predicted and measured with earlier code stays there.
+    """
 
     def __init__(self, path: Path, about: dict[str, str]) -> None:
         from wrn_fast import cache
@@ -135,6 +138,19 @@ class Report:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not cache.write(self.path, self.data):
             sys.exit(f"gpu_battery: {self.path} cannot be written")
+        log = self.path.with_suffix(".md")
+        about = self.data["head"]
+        row = (about["date"], about["commit"], stage, step, result["status"], result["text"].replace("|", "/"))
+        new = not log.exists()
+        with log.open("a", encoding="utf-8") as file:
+            if new:
+                columns = ("date", "commit", "stage", "step", "status", "result")
+                file.write(f"{about['gpu']}\n\n{_line(columns)}{_line(['---'] * len(columns))}")
+            file.write(_line(row))
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |\n"
 
 
 def attempt(step: Step, seconds: float) -> Result:

@@ -1,5 +1,6 @@
 """The GPU battery: its store and time limit on steps of our own, its goals, every stage in a dry run on this CPU."""
 
+import inspect
 import json
 import math
 import os
@@ -76,6 +77,17 @@ def test_a_step_that_would_not_end_in_time_waits_unless_it_is_the_first(stage):
     assert status == 0 and "b" in found
 
 
+def test_the_log_goes_on_where_the_report_begins_anew(stage):
+    stage({"a": ok("first | with a bar")})
+    stage.path.write_text(stage.path.read_text().replace('"abc"', '"another commit"'))
+    stage({"a": ok("second")})
+    stage({"a": never})
+    lines = stage.path.with_suffix(".md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith("| today")]
+    assert len(rows) == 2 and all(line.count("|") == lines[2].count("|") for line in rows)
+    assert "first / with a bar" in rows[0] and rows[1].startswith("| today | abc | chip | a | ok |")
+
+
 def test_what_a_fresh_machine_lacks_is_done_in_every_run(stage):
     done = []
 
@@ -123,12 +135,13 @@ def test_a_missed_goal_is_stated_and_no_failure(stage, capsys):
 def test_goals_of_a_layer_are_of_the_rate_and_the_time_of_its_fused_roads():
     times = {"library": 1.3, "cuda plain": 0.5, "cuda training": 1.0, "triton training": 0.1}
     rates_of = {"square product": 100.0, "cuda training": 74.0, "cuda plain": 99.0, "triton training": 999.0}
-    of_product, of_library = layers.goals_of(layers.REGULAR[0], times, rates_of)
+    of_product, of_library = layers.goals_of(layers.REGULAR[0], 128, times, rates_of)
     assert (of_product.got, of_product.want, of_product.met) == (0.74, 0.75, False)
     assert (of_library.got, of_library.want, of_library.met) == (1.3, 1.2, True)
-    assert [goal.want for goal in layers.goals_of(layers.WIDENING[0], times, rates_of)] == [1.2]
-    assert layers.goals_of(layers.WIDENING[1], times, rates_of) == []
-    assert layers.goals_of(layers.SHORTCUTS[0], times, rates_of) == []
+    assert [goal.want for goal in layers.goals_of(layers.WIDENING[0], 128, times, rates_of)] == [1.2]
+    assert layers.goals_of(layers.WIDENING[1], 128, times, rates_of) == []
+    assert layers.goals_of(layers.SHORTCUTS[0], 128, times, rates_of) == []
+    assert layers.goals_of(layers.REGULAR[0], 127, times, rates_of) == []
 
 
 def test_images_a_second_count_the_optimizer_and_a_missing_rival_is_not_beaten():
@@ -158,6 +171,8 @@ def test_predictions_are_the_plans(layer):
     for n, us in zip((128, 256, 512), PLANNED[layer.C], strict=True):
         problem = rates.problem_of(layer, n, "cuda")
         assert round(1e6 * rates.predicted("fprop", layer, problem, H100)) == us
+        one = rates.problem_of(layer, 1, "cuda")
+        assert 4e-6 <= rates.predicted("fprop", layer, one, H100) <= 6e-6
         for op, rate in (("dgrad", 560e12), ("wgrad", 500e12)):
             assert math.isclose(problem.flops / rates.predicted(op, layer, problem, H100), rate)
 
@@ -275,6 +290,14 @@ def test_every_stage_fits_in_its_limit(stages):
     for name, steps in stages.items():
         assert steps and sum(step.seconds for step in steps.values()) <= gpu_battery.STAGE_S, name
     assert gpu_battery.STAGE_S <= 540
+
+
+def test_every_step_takes_its_seconds_and_nothing_else(stages):
+    """What a dry run does not call is called right, too."""
+    for steps in stages.values():
+        for name, step in steps.items():
+            given = inspect.signature(step.run).bind(1.0)
+            assert list(given.arguments) == ["seconds"], name
 
 
 def test_stages_have_what_was_asked_for(stages):

@@ -37,7 +37,7 @@ def cuda_steps(dry: bool) -> Steps:
             "beyond 2^31 elements": Step(partial(on_the_cpu, partial(far, "cuda", "cpu", n=3)), 5),
         }
     found = {"extensions": extensions()}
-    found |= {f"integers {name}": Step(partial(kernels, name), 25) for name in HALVES}
+    found |= {f"integers {name}": Step(partial(kernels, name, "cuda", NETWORKS), 25) for name in HALVES}
     found |= {
         f"split reductions {name}": Step(partial(split_reductions, dtype, "cuda"), 20) for name, dtype in HALVES.items()
     }
@@ -92,9 +92,7 @@ def build(seconds: float) -> Result:
     return done if done["status"] == FAILED else result(NOT_RUN if reason else OK, reason or "_cuda is built")
 
 
-def kernels(
-    dtype: str, device: str = "cuda", networks: tuple[tuple[int, int, int], ...] = NETWORKS, seconds: float = 0.0
-) -> Result:
+def kernels(dtype: str, device: str, networks: tuple[tuple[int, int, int], ...], seconds: float) -> Result:
     """The self-check of every kernel of `_cuda` that serves a layer of the networks."""
     place = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
     wrong, seen = [], set()

@@ -56,7 +56,7 @@ def integers(device: str) -> None:
     others = [sentence for sentence in special_tiles(place) if sentence]
     if others:
         sys.exit(others[0])
-    masked(place)
+    masked(triton, place, problems(device)[0][1])
     print(f"{len(problems(device))} convolutions exact on {device}, elementwise kernels run")
 
 
@@ -73,12 +73,13 @@ def special_tiles(place: torch.device) -> list[str | None]:
     return found
 
 
-def masked(place: torch.device) -> None:
-    """One run of input_grad by a mask."""
-    problem = ConvProblem(place.type, torch.float16, torch.float16, 3, 9, 7, 40, 48, 3, 3, 1, (1, 1, 1, 1), act="relu")
-    dy, x, w, *_ = tune.tensors("dgrad", problem, place)
+def masked(backend: ModuleType, place: torch.device, problem: ConvProblem) -> None:
+    """One run of input_grad by a mask, with dropout where the problem has it."""
+    p = problem._replace(prologue=False, affine=False, want_stats=False, act="relu")
+    dy, x, w, *_ = tune.tensors("dgrad", p, place)
     assert dy is not None and x is not None and w is not None
-    triton.input_grad(problem, dy, w, triton.act_mask(problem, x, None, None, None), None, None)
+    rng = torch.tensor([1, 2], device=place) if p.p > 0 else None
+    backend.input_grad(p, dy, w, backend.act_mask(p, x, None, None, None), torch.ones(p.C, device=place), rng)
 
 
 def hand_written(device: str) -> None:
@@ -108,7 +109,7 @@ def hand_written(device: str) -> None:
 
 
 def with_epilogues(device: str) -> list[Any]:
-    """fprop with every epilogue, of both tiles and split, with a shortcut; dgrad with its sums."""
+    """fprop with every epilogue, by every tile and split, with a shortcut; gradients with sums, dropout, by a mask."""
     found = []
     for layer in LAYERS if device == "cuda" else LAYERS_OF_CPU:
         for fields in FUSED:
@@ -117,6 +118,9 @@ def with_epilogues(device: str) -> list[Any]:
             found += [launching(cuda, "fprop", problem, tile) for tile in cuda.tiles("fprop", problem)]
         sums = problem_of(layer._replace(short_C=0), 3, device, **ACT, want_stats=True)
         found += [launching(cuda, "dgrad", sums, tile) for tile in cuda.tiles("dgrad", sums)]
+        dropping = sums._replace(p=0.3, drop_at="prologue")
+        found += [launching(cuda, op, dropping) for op in ("dgrad", "wgrad")]
+        found.append(partial(masked, cuda, torch.device(device), dropping))
     return found
 
 

@@ -114,6 +114,8 @@ def split_reductions(dtype: torch.dtype, device: str, seconds: float) -> Result:
             noise.synchronize()
         if int(bad):
             wrong.append(f"{op} of {problem.N}x{problem.C}x{problem.H}x{problem.W}: {int(bad)} of {repeats} calls")
+    if not ran:
+        return result(FAILED, "no reduction was split")
     if wrong:
         return result(FAILED, f"{len(wrong)} of {ran} problems: {wrong[0]}", wrong=wrong)
     return result(OK, f"{ran} problems, {repeats} calls each, up to {most} pieces: bit-equal to the unsplit sums")
