@@ -1,11 +1,25 @@
-"""Everything that needs a GPU, in five stages of under nine minutes: parity, sanitize, tune, bench, hopper.
+"""Everything that needs a GPU, in stages of under nine minutes, the most telling first.
 
-    python -m benchmarks.gpu_battery --stage parity        one stage; --stage all for the five in turn
+    python -m benchmarks.gpu_battery --stage all           every stage in turn; --stage chip one of them
+    python -m benchmarks.gpu_battery --list                stages and steps, with the seconds that they may take
     python -m benchmarks.gpu_battery --stage all --dry-run small, on the CPU, to prove the script itself
 
-A stage is a list of steps. Each step's result is written as soon as it is there, so a run that was cut short goes on
-where it stopped; a failed step is run again. The report is one JSON file with GPU, driver and versions, and a table.
-Exit status: 0 if every step that ran is well, 1 if one failed, 3 if the time limit left steps for another run.
+    chip           what the Hopper kernels believe of the chip: E0 to E5, which decide between designs
+    parity-cuda    the hand-written kernels: integers, split reductions, every primitive against float64
+    layers         TFLOP/s of each layer and direction beside a matrix product, cuDNN and Triton; passes in GB/s
+    targets        images a second and latency from end to end against torch.compile max-autotune
+    models-cuda    whole models on the hand-written kernels: outputs, gradients, graphs, Monte-Carlo dropout
+    sanitize-cuda  the hand-written kernels and a graph under the GPU vendor's sanitizers
+    tiles-triton, parity-triton, models-triton, sanitize-triton  the same of the Triton kernels
+    tune-wide, tune-narrow  the fastest tiles of this GPU
+    bench-wide, bench-narrow  more networks and batches against the same rivals
+
+Each step's result is written as soon as it is there, so a run that was cut short goes on where it stopped; what failed
+or could not run is run again. A step that would not end within the limit waits for the next run. The report is one JSON
+file with GPU, driver and versions, prediction beside measurement, and each goal with whether it was met; a table; and a
+log in Markdown beside the JSON file, which keeps what was measured with earlier code.
+Exit status: 0 if every step that ran is well, 1 if one failed, 3 if the time limit left steps for another run. A goal
+that was missed is no failure.
 """
 
 from __future__ import annotations
@@ -22,9 +36,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-STAGES = ("parity", "sanitize", "tune", "bench", "hopper")
+from benchmarks.battery import FAILED, OK, Result, Step, Steps, result
+
+STAGES = (
+    "chip", "parity-cuda", "layers", "targets", "models-cuda", "sanitize-cuda", "tiles-triton", "parity-triton",
+    "models-triton", "sanitize-triton", "tune-wide", "tune-narrow", "bench-wide", "bench-narrow",
+)  # fmt: skip
 STAGE_S = 9 * 60
-FORMAT = 1
+FORMAT = 2
 # Of the head: a report of other code, GPU or versions is not gone on with.
 SAME = ("gpu", "versions", "commit", "dry run")
 
@@ -32,7 +51,8 @@ SAME = ("gpu", "versions", "commit", "dry run")
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_battery", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--stage", choices=(*STAGES, "all"), required=True)
+    parser.add_argument("--stage", choices=(*STAGES, "all"))
+    parser.add_argument("--list", action="store_true", help="stages and steps with expected seconds; runs nothing")
     parser.add_argument("--dry-run", action="store_true", help="small problems on the CPU, Triton's interpreter")
     parser.add_argument("--again", action="store_true", help="run the steps that have a result too")
     parser.add_argument(
@@ -41,15 +61,44 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--limit", type=float, default=STAGE_S, metavar="S", help="seconds a stage; default: %(default)s"
     )
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.stage is None and not args.list:
+        parser.error("one of --stage and --list is needed")
+    return args
 
 
-def steps_of(stage: str, dry: bool) -> dict[str, Callable[[float], dict[str, Any]]]:
-    """The steps of a stage by name: each gets the seconds that it may take and gives its result."""
-    from benchmarks.battery import bench, hopper, parity, sanitize, tuning
+def steps_of(stage: str, dry: bool) -> Steps:
+    """The steps of a stage by name."""
+    from benchmarks.battery import bench, hopper, layers, models, parity, sanitize, targets, tuning
 
-    modules = {"parity": parity, "sanitize": sanitize, "tune": tuning, "bench": bench, "hopper": hopper}
-    return modules[stage].steps(dry)
+    makers: dict[str, Callable[[bool], Steps]] = {
+        "chip": hopper.steps,
+        "parity-cuda": parity.cuda_steps,
+        "layers": layers.steps,
+        "targets": targets.steps,
+        "models-cuda": models.cuda_steps,
+        "sanitize-cuda": sanitize.cuda_steps,
+        "tiles-triton": parity.tile_steps,
+        "parity-triton": parity.triton_steps,
+        "models-triton": models.triton_steps,
+        "sanitize-triton": sanitize.triton_steps,
+        "tune-wide": tuning.wide_steps,
+        "tune-narrow": tuning.narrow_steps,
+        "bench-wide": bench.wide_steps,
+        "bench-narrow": bench.narrow_steps,
+    }
+    return makers[stage](dry)
+
+
+def listed() -> Table:
+    """Every step of every stage, with the seconds that it may take."""
+    shown = Table("stage", "step", "s")
+    for stage in STAGES:
+        steps = steps_of(stage, False)
+        shown.add_row(stage, f"{len(steps)} steps", f"{sum(step.seconds for step in steps.values()):.0f}")
+        for name, step in steps.items():
+            shown.add_row("", name, f"{step.seconds:.0f}")
+    return shown
 
 
 def head(dry: bool) -> dict[str, str]:
@@ -62,7 +111,9 @@ def head(dry: bool) -> dict[str, str]:
 
 
 class Report:
-    """The JSON file: read if it is of the same machine and code, written after each step."""
+    """The JSON file: read if it is of the same machine and code, written after each step. Beside it a log in Markdown,
+    which only grows: what was predicted and measured with earlier code stays there.
+    """
 
     def __init__(self, path: Path, about: dict[str, str]) -> None:
         from wrn_fast import cache
@@ -87,37 +138,53 @@ class Report:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not cache.write(self.path, self.data):
             sys.exit(f"gpu_battery: {self.path} cannot be written")
+        log = self.path.with_suffix(".md")
+        about = self.data["head"]
+        row = (about["date"], about["commit"], stage, step, result["status"], result["text"].replace("|", "/"))
+        new = not log.exists()
+        with log.open("a", encoding="utf-8") as file:
+            if new:
+                columns = ("date", "commit", "stage", "step", "status", "result")
+                file.write(f"{about['gpu']}\n\n{_line(columns)}{_line(['---'] * len(columns))}")
+            file.write(_line(row))
 
 
-def attempt(step: Callable[[float], dict[str, Any]], seconds: float) -> dict[str, Any]:
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |\n"
+
+
+def attempt(step: Step, seconds: float) -> Result:
     """The step's result; an exception is a failure of the step, not of the battery."""
     try:
-        return step(seconds)
+        return step.run(seconds)
     except Exception as error:
         text = str(error).strip().splitlines() or [""]
-        return {"status": "failed", "text": f"{type(error).__name__}: {text[0]}"}
+        return result(FAILED, f"{type(error).__name__}: {text[0]}")
 
 
 def run_stage(stage: str, report: Report, args: argparse.Namespace, console: Console) -> tuple[int, int]:
     """(failed steps, steps left)."""
     begin = time.monotonic()
     failed = left = 0
+    begun = False
     steps = steps_of(stage, args.dry_run)
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task(stage, total=len(steps))
         for name, step in steps.items():
             progress.update(bar, description=f"{stage}: {name}")
-            result = None if args.again else report.result(stage, name)
-            if result is None or result["status"] == "failed":
-                remaining = args.limit - (time.monotonic() - begin)
-                if remaining <= 0:
+            found = None if args.again else report.result(stage, name)
+            if found is None or found["status"] != OK or step.always:
+                started = time.monotonic()
+                remaining = args.limit - (started - begin)
+                # The first one runs in any case, or it would wait for ever.
+                if remaining <= 0 or (begun and step.seconds > remaining):
                     left += 1
                     continue
-                started = time.monotonic()
-                result = attempt(step, remaining)
-                report.add(stage, name, {**result, "seconds": round(time.monotonic() - started, 1)})
-            failed += result["status"] == "failed"
+                begun = begun or not step.always
+                found = attempt(step, remaining)
+                report.add(stage, name, {**found, "seconds": round(time.monotonic() - started, 1)})
+            failed += found["status"] == FAILED
             progress.advance(bar)
     return failed, left
 
@@ -129,9 +196,17 @@ def table(report: Report) -> Table:
         "stage", "step", "status", "s", "result", title=f"{head['gpu']} | {head['versions']} | {head['commit']}"
     )
     for stage in STAGES:
-        for name, result in report.data["stages"].get(stage, {}).items():
-            shown.add_row(stage, name, result["status"], f"{result['seconds']:.0f}", result["text"])
+        for name, found in report.data["stages"].get(stage, {}).items():
+            shown.add_row(stage, name, found["status"], f"{found['seconds']:.0f}", found["text"])
     return shown
+
+
+def goals(report: Report) -> str:
+    """How many goals were met, and which were not."""
+    steps = [(name, found) for stage in report.data["stages"].values() for name, found in stage.items()]
+    stated = [(name, goal) for name, found in steps for goal in found.get("goals", ())]
+    missed = [f"{name}: {goal['text']}" for name, goal in stated if not goal["met"]]
+    return f"{len(stated) - len(missed)} of {len(stated)} goals met" + "".join(f"\n  missed: {line}" for line in missed)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -139,6 +214,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(sys.argv[1:] if arguments is None else arguments)
     if args.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported, which reads it once
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    if args.list:
+        console.print(listed())
+        return 0
     import torch
 
     if not args.dry_run and not torch.cuda.is_available():
@@ -148,12 +227,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     where = args.json or machine.ROOT / "benchmarks" / "results" / f"battery-{machine.slug('cuda')}.json"
     report = Report(where, head(args.dry_run))
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     failed = left = 0
     for stage in STAGES if args.stage == "all" else (args.stage,):
         counts = run_stage(stage, report, args, console)
         failed, left = failed + counts[0], left + counts[1]
     console.print(table(report))
+    console.print(goals(report))
     if left:
         console.print(f"{left} steps are left: run the same command again")
     return 1 if failed else 3 if left else 0

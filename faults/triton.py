@@ -81,8 +81,8 @@ PATCHES: dict[int, Patch | Absent] = {
     40: Patch(DGRAD, "rng=rng if spec.drops else None,", "rng=rng + 1 if spec.drops else None,", MASKS),
     42: Patch(TILE, "propagate_nan=tl.PropagateNan.ALL", "propagate_nan=tl.PropagateNan.NONE",
               Check(VALUES, "nan_and_infinity and relu and float32")),
-    43: Absent(BATTERY, "the interpreter keeps them; step special values of stage parity runs test_denormals_are_kept"),
-    44: Absent(BATTERY, "the interpreter runs programs in order; step special values of stage parity compares runs"),
+    43: Absent(BATTERY, "the interpreter keeps them; special values of parity-triton runs test_denormals_are_kept"),
+    44: Absent(BATTERY, "the interpreter runs programs in order; special values of parity-triton compares runs"),
     45: Patch(EPILOGUE, STORE_Y, STORE_Y.replace("mask=valid", "mask=rows[:, None] & (k <= COLS)[None, :]"),
               Check(VALUES, "past_the_end")),
     46: Patch(EPILOGUE, RESIDUAL, RESIDUAL + "\n        tl.store(residual + base + index, "

@@ -1,6 +1,8 @@
-"""The GPU battery: its store and time limit on steps of our own, and every stage in a dry run on this CPU."""
+"""The GPU battery: its store and time limit on steps of our own, its goals, every stage in a dry run on this CPU."""
 
+import inspect
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,9 +11,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks import battery, gpu_battery
+from benchmarks.battery import Goal, Step, hopper, layers, parity, rates, replaced, stress, targets
+from benchmarks.cases import Case
 
 ROOT = Path(__file__).parents[1]
 HEAD = {"gpu": "GPU", "cpu": "CPU", "versions": "1", "commit": "abc", "date": "today", "dry run": "True"}
+H100 = 132  # multiprocessors
 
 
 @pytest.fixture
@@ -22,16 +27,17 @@ def stage(monkeypatch, tmp_path):
     path = tmp_path / "battery.json"
 
     def run(steps, *words):
+        steps = {name: step if isinstance(step, Step) else Step(step, 1) for name, step in steps.items()}
         monkeypatch.setattr(gpu_battery, "steps_of", lambda stage, dry: steps)
-        status = gpu_battery.main(["--stage", "tune", "--dry-run", "--json", str(path), *words])
-        return status, json.loads(path.read_text())["stages"].get("tune", {}) if path.exists() else {}
+        status = gpu_battery.main(["--stage", "chip", "--dry-run", "--json", str(path), *words])
+        return status, json.loads(path.read_text())["stages"].get("chip", {}) if path.exists() else {}
 
     run.path = path
     return run
 
 
-def ok(text="fine"):
-    return lambda seconds: battery.result("ok", text)
+def ok(text="fine", **figures):
+    return lambda seconds: battery.result("ok", text, **figures)
 
 
 def never(seconds):
@@ -51,14 +57,47 @@ def test_steps_are_kept_and_failed_ones_run_again(stage):
     assert stage({"a": never}, "--again")[0] == 1
 
 
-def test_a_step_that_is_not_run_is_no_failure(stage):
+def test_a_step_that_is_not_run_is_no_failure_and_is_tried_again(stage):
     assert stage({"a": lambda seconds: battery.result("not run", "no tool")})[0] == 0
+    assert stage({"a": ok("the tool is there")})[1]["a"]["text"] == "the tool is there"
 
 
 def test_the_time_limit_leaves_steps_for_another_run(stage):
     status, found = stage({"a": ok(), "b": ok()}, "--limit", "0")
     assert status == 3 and found == {}
     assert stage({"a": ok(), "b": ok()})[0] == 0
+
+
+def test_a_step_that_would_not_end_in_time_waits_unless_it_is_the_first(stage):
+    long = Step(ok(), 1000)
+    build = Step(ok(), 1, always=True)
+    status, found = stage({"build": build, "a": ok(), "b": long, "c": ok()})
+    assert status == 3 and set(found) == {"build", "a", "c"}
+    status, found = stage({"build": build, "a": never, "b": long, "c": never})
+    assert status == 0 and "b" in found
+
+
+def test_the_log_goes_on_where_the_report_begins_anew(stage):
+    stage({"a": ok("first | with a bar")})
+    stage.path.write_text(stage.path.read_text().replace('"abc"', '"another commit"'))
+    stage({"a": ok("second")})
+    stage({"a": never})
+    lines = stage.path.with_suffix(".md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith("| today")]
+    assert len(rows) == 2 and all(line.count("|") == lines[2].count("|") for line in rows)
+    assert "first / with a bar" in rows[0] and rows[1].startswith("| today | abc | chip | a | ok |")
+
+
+def test_what_a_fresh_machine_lacks_is_done_in_every_run(stage):
+    done = []
+
+    def build(seconds):
+        done.append(seconds)
+        return battery.result("ok", "built")
+
+    for _ in range(2):
+        assert stage({"build": Step(build, 1, always=True), "a": ok()})[0] == 0
+    assert len(done) == 2
 
 
 @pytest.mark.parametrize("damage", [lambda text: text[: len(text) // 2], lambda text: "[]", lambda text: "",
@@ -75,8 +114,227 @@ def test_a_process_that_fails_or_hangs_is_a_failure():
     assert "not finished" in battery.python(["-c", "import time; time.sleep(60)"], 1)["text"]
 
 
+# Goals.
+
+
+@pytest.mark.parametrize("got, met, within", [(2.0, True, True), (2.1, True, False), (1.9, False, True),
+                                              (math.nan, False, False)])  # fmt: skip
+def test_a_goal_is_met_from_the_wanted_number_on(got, met, within):
+    assert Goal("g", 2.0, got).met == met
+    assert Goal("g", 2.0, got, at_most=True).met == within
+
+
+def test_a_missed_goal_is_stated_and_no_failure(stage, capsys):
+    status, found = stage({"a": ok(goals=[Goal("fast", 2.0, 3.0), Goal("small", 1.0, 5.0, at_most=True)])})
+    assert status == 0 and [goal["met"] for goal in found["a"]["goals"]] == [True, False]
+    assert "fast: 3, goal >= 2, met" in found["a"]["text"] and "small: 5, goal <= 1, MISSED" in found["a"]["text"]
+    out = capsys.readouterr().out
+    assert "1 of 2 goals met" in out and "missed: a: small" in out
+
+
+def test_goals_of_a_layer_are_of_the_rate_and_the_time_of_its_fused_roads():
+    times = {"library": 1.3, "cuda plain": 0.5, "cuda training": 1.0, "triton training": 0.1}
+    rates_of = {"square product": 100.0, "cuda training": 74.0, "cuda plain": 99.0, "triton training": 999.0}
+    of_product, of_library = layers.goals_of(layers.REGULAR[0], 128, times, rates_of)
+    assert (of_product.got, of_product.want, of_product.met) == (0.74, 0.75, False)
+    assert (of_library.got, of_library.want, of_library.met) == (1.3, 1.2, True)
+    assert [goal.want for goal in layers.goals_of(layers.WIDENING[0], 128, times, rates_of)] == [1.2]
+    assert layers.goals_of(layers.WIDENING[1], 128, times, rates_of) == []
+    assert layers.goals_of(layers.SHORTCUTS[0], 128, times, rates_of) == []
+    assert layers.goals_of(layers.REGULAR[0], 127, times, rates_of) == []
+
+
+def test_images_a_second_count_the_optimizer_and_a_missing_rival_is_not_beaten():
+    variants = [{"name": "wrn_fast", "ms": 15.0}, {"name": targets.AUTOTUNED, "ms": 31.0}]
+    row = {"optimizer_ms": 1.0, "images": 256, "variants": variants}
+    speeds = targets.speeds_of(row)
+    assert speeds == {"wrn_fast": 16_000.0, targets.AUTOTUNED: 8_000.0}
+    target = targets.Target(14_000, 1.4, 15_000)
+    assert [(goal.got, goal.met) for goal in targets.goals_of(speeds, target)] == [(16_000.0, True), (2.0, True)]
+    assert [goal.met for goal in targets.goals_of({"wrn_fast": 20_000.0}, target)] == [True, False]
+    assert targets.speeds_of(row | {"optimizer_ms": None})["wrn_fast"] == 256 / 0.015
+
+
+def test_the_targets_are_those_that_were_set():
+    set_ = {(case.task, case.batch, case.dtype): target[:2] for case, target in targets.TARGETS.items()}
+    assert set_ == {("inference", 512, "bf16"): (50_000, 1.6), ("training_step", 256, "bf16"): (14_000, 1.4)}
+    assert targets.LATENCY_US == 170 and (layers.OF_PRODUCT, layers.OF_LIBRARY) == (0.75, 1.2)
+    assert all(isinstance(case, Case) and str(case.subject) == "WRN-28-10" for case in targets.TARGETS)
+
+
+# The plan's table for the 3x3 convolutions at stride 1, microseconds at batch 128, 256 and 512.
+PLANNED = {160: (87, 171, 340), 320: (83, 165, 328), 640: (82, 162, 321)}
+
+
+@pytest.mark.parametrize("layer", layers.REGULAR, ids=str)
+def test_predictions_are_the_plans(layer):
+    for n, us in zip((128, 256, 512), PLANNED[layer.C], strict=True):
+        problem = rates.problem_of(layer, n, "cuda")
+        assert round(1e6 * rates.predicted("fprop", layer, problem, H100)) == us
+        one = rates.problem_of(layer, 1, "cuda")
+        assert 4e-6 <= rates.predicted("fprop", layer, one, H100) <= 6e-6
+        for op, rate in (("dgrad", 560e12), ("wgrad", 500e12)):
+            assert math.isclose(problem.flops / rates.predicted(op, layer, problem, H100), rate)
+
+
+def test_the_prediction_of_a_layer_with_much_output_is_bound_by_memory():
+    layer = layers.SHORTCUTS[0]
+    problem = rates.problem_of(layer, 512, "cuda")
+    assert rates.predicted("fprop", layer, problem, H100) > problem.flops / rates.REST_FLOPS + rates.LAUNCH_S
+
+
+# Experiments.
+
+
+def test_a_product_is_slowed_by_fills_only_beyond_what_shared_memory_has():
+    clocks = [hopper.expected_clocks(fill) for fill in (0, 38, 60, 128)]
+    assert clocks[:2] == [80, 80] and 105 < clocks[2] < 106 and clocks[3] == math.inf
+
+
+@pytest.mark.parametrize("clk, verdict", [(81.0, "do not compete"), (104.0, "compete")])
+def test_what_the_supply_experiment_says(clk, verdict):
+    rows = [{"filled B/clk": 0.0, "clk per m64n160k16": 80.5}, {"filled B/clk": 60.0, "clk per m64n160k16": clk}]
+    found = hopper.told("supply", rows)
+    assert found["status"] == "ok" and found["text"].startswith(f"fills {verdict} with")
+    assert "predicted clk 105.4" in found["text"]
+
+
+def test_fills_that_never_came_tell_nothing():
+    rows = [{"filled B/clk": fill, "clk per m64n160k16": 80.5} for fill in (0.0, 30.0)]
+    assert "too slow to tell" in hopper.told("supply", rows)["text"]
+
+
+def test_a_layout_that_the_kernels_use_must_be_right():
+    rows = [{"layout": "used", "wrong": 0}, {"layout": "other", "unused wrong": 3}]
+    found = hopper.told("multiply", rows)
+    assert found["status"] == "ok" and "not as the model has it: other" in found["text"]
+    assert hopper.told("multiply", [{"layout": "used", "wrong": 1}])["status"] == "failed"
+
+
+def test_what_the_shifted_starts_say():
+    row = {"rows": 1, "wrong with base offset 0": 0, "wrong with base offset rows": 4}
+    assert "work with base offset 0:" in hopper.told("shift", [row])["text"]
+    assert "no start" in hopper.told("shift", [row | {"wrong with base offset 0": 1}])["text"]
+
+
+def test_what_the_boxes_say():
+    rates_of = {(64, 1): 18.0, (64, 2): 30.0, (128, 1): 36.0, (128, 2): 63.0, (288, 1): 27.0}
+    rows = [{"row bytes": size, "blocks": blocks, "B/clk": rate} for (size, blocks), rate in rates_of.items()]
+    found = hopper.told("boxes", rows)
+    assert "64 B 0.50, 288 B 0.75; shared by two blocks 1.75" in found["text"]
+    assert [row["predicted B/clk"] for row in found["rows"]] == [36, 72, 36, 72, 36]
+
+
+def test_a_writer_and_a_reader_are_added_up():
+    us = {"store, t": 1.0, "residual, t": 2.0, "residual, second output, t": 2.5, "prologue, t": 1.25,
+          "pass and store, t": 3.0}  # fmt: skip
+    assert hopper.activations(us, "t") == {"prologue": 3.25, "second output": 3.5, "pass of its own": 5.0}
+    assert hopper.activations(us, "another tile") == {}
+
+
+def test_another_extension_changes_what_it_says_and_nothing_else():
+    class Extension:
+        def splits(self, *sizes):
+            return 8
+
+        def fprop(self, *sizes, **words):
+            return words
+
+        dgrad = fprop
+
+        def pack(self):
+            return "packed"
+
+    assert replaced.unsplit(Extension()).splits(1, 2) == 1 and replaced.unsplit(Extension()).pack() == "packed"
+    late = replaced.waiting(Extension())
+    assert late.fprop(1, early=True, tile=1) == {"early": False, "tile": 1} == late.dgrad(early=True, tile=1)
+    assert late.splits() == 8
+
+
+def test_stale_sums_of_another_input_would_be_seen():
+    """The stress step compares bits; its inputs must give different bits, or a stale sum would pass."""
+    import torch
+
+    op, problem = next(iter(stress.cases(torch.float16, "cpu")))
+    outputs = [exact for _, exact in stress.calls(op, problem)]
+    assert all(not torch.equal(a, b) for a, b in zip(outputs, outputs[1:] + outputs[:1], strict=True))
+    assert max(float(v.abs().max()) for v in outputs) < 2**24
+
+
+def broken(monkeypatch, outputs):
+    """Changes the convolutions of the stress steps: `outputs` gets each call's number and what it gave."""
+    count, first = iter(range(10**6)), stress._first
+    monkeypatch.setattr(stress, "_first", lambda *given: outputs(next(count), first(*given)))
+
+
+@pytest.mark.parametrize("number, status", [(None, "ok"), (0, "failed"), (5, "failed")])
+def test_one_wrong_sum_in_many_is_found(monkeypatch, number, status):
+    """The first calls are the unsplit ones, which the library's convolution is compared with."""
+    import torch
+
+    broken(monkeypatch, lambda i, y: y + 1 if i == number else y)
+    found = replaced.on_the_cpu(lambda s: stress.split_reductions(torch.float16, "cpu", s), 60)
+    assert found["status"] in (status, "not run")
+
+
+# Stages.
+
+
+@pytest.fixture(scope="module")
+def stages():
+    pytest.importorskip("triton")
+    return {name: gpu_battery.steps_of(name, False) for name in gpu_battery.STAGES}
+
+
+def test_every_stage_fits_in_its_limit(stages):
+    for name, steps in stages.items():
+        assert steps and sum(step.seconds for step in steps.values()) <= gpu_battery.STAGE_S, name
+    assert gpu_battery.STAGE_S <= 540
+
+
+def test_every_step_takes_its_seconds_and_nothing_else(stages):
+    """What a dry run does not call is called right, too."""
+    for steps in stages.values():
+        for name, step in steps.items():
+            given = inspect.signature(step.run).bind(1.0)
+            assert list(given.arguments) == ["seconds"], name
+
+
+def test_stages_have_what_was_asked_for(stages):
+    assert [f"E{i}" for i in range(6)] == sorted({name.split()[0] for name in stages["chip"]} - {"extensions"})
+    tools = [name for name in stages["sanitize-cuda"] if name.endswith("check")]
+    assert len(tools) == 8
+    for n in (128, 256, 512):
+        assert all(f"fprop {layer} batch {n}" in stages["layers"] for layer in layers.REGULAR)
+    for op in ("dgrad", "wgrad"):
+        shapes = (*layers.REGULAR, *layers.WIDENING, *layers.SHORTCUTS)
+        assert all(f"{op} {layer} batch 256" in stages["layers"] for layer in shapes)
+    assert {"WRN-28-10 inference batch 512 bf16", "WRN-28-10 training_step batch 256 bf16",
+            "latency batch 1"} <= set(stages["targets"])  # fmt: skip
+    wide = " ".join(stages["bench-wide"])
+    assert "WRN-34-10 inference" in wide and "WRN-70-16 inference" in wide
+
+
+def test_the_primitives_of_one_dtype_are_not_those_of_another():
+    words = [
+        *parity.PRIMITIVES,
+        "--collect-only",
+        "-q",
+        "--all-cases",
+        "-k",
+        f"cuda and float16{parity.NO_OTHER['float16']}",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *words], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    found = [line for line in done.stdout.splitlines() if "::" in line]
+    ops = {"dgrad", "wgrad", "fprop", "input_grad", "channel_stats", "bn_bwd_apply", "dropout", "mask", "test_head"}
+    assert found and all("-float16" in line or "float16-" in line for line in found)
+    assert not any("bfloat16" in line for line in found) and all(any(op in line for line in found) for op in ops)
+
+
 def test_without_a_gpu_the_battery_says_so():
-    words = [sys.executable, "-m", "benchmarks.gpu_battery", "--stage", "parity"]
+    words = [sys.executable, "-m", "benchmarks.gpu_battery", "--stage", "chip"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment())
     assert done.returncode == 2 and "--dry-run" in done.stderr
 
@@ -85,16 +343,16 @@ def environment():
     return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize("stage_name", gpu_battery.STAGES)
-def test_dry_run(stage_name, tmp_path):
-    if stage_name in ("sanitize", "tune", "parity"):
-        pytest.importorskip("triton")
+def test_dry_run_of_every_stage(tmp_path):
+    pytest.importorskip("triton")
     path = tmp_path / "battery.json"
-    words = [sys.executable, "-m", "benchmarks.gpu_battery", "--stage", stage_name, "--dry-run", "--json", str(path)]
+    words = [sys.executable, "-m", "benchmarks.gpu_battery", "--stage", "all", "--dry-run", "--json", str(path)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=540, env=environment())
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(path.read_text())
     assert report["head"]["dry run"] == "True" and "torch" in report["head"]["versions"]
-    results = report["stages"][stage_name]
-    assert results and all(step["status"] == "ok" for step in results.values())
-    assert all(name[:30] in done.stdout for name in results)
+    assert set(report["stages"]) == set(gpu_battery.STAGES)
+    for results in report["stages"].values():
+        # Without a C++ compiler there is no cuda backend for the CPU.
+        assert results and all(step["status"] in ("ok", "not run") for step in results.values())
+        assert all(name[:12] in done.stdout for name in results)

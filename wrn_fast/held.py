@@ -4,7 +4,8 @@ A graph that made these would make them at every replay. While `Held.collecting`
 make of the model's own parameters and buffers; the capture finds it made and holds no kernel for it. `Held.renew`,
 called before each replay, sees to it that nothing is stale:
 
-    changed in place, by the version counter, or `refresh`    everything is made again, in the same memory
+    a filter changed in place, by its version counter, or     everything is made again, in the same memory
+    `refresh`
     changed in place where no version shows it                vectors are copied or folded anew in any case; filters are
                                                               compared by samples on the device
     another tensor or other memory in its place               WrnFastError, the graph reads the old one
@@ -34,6 +35,9 @@ class Renewer(Protocol):
         """Everything, or vectors and what a comparison on the device finds changed; on the current stream."""
 
 
+# A module's tables of submodules, parameters and buffers.
+_Table = dict[str, Any]
+
 _local = threading.local()
 
 
@@ -46,24 +50,24 @@ class Held:
         self._made: dict[Hashable, tuple[Tensor, Callable[[Tensor], object] | None]] = {}
         self._pairs: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._covered: set[int] = set()
+        self._watched: set[int] = set()
         self._renewers: dict[Hashable, Renewer] = {}
         self.settle()
 
     def settle(self) -> None:
         """What the model is made of now is what the graph reads: call it after the capture."""
-        rows: list[tuple[dict[str, Any], str, Any]] = [
-            (owner, name, value)  # type: ignore[misc]
-            for module in self._model.modules()
-            for owner in (module._modules, module._parameters, module._buffers)
-            for name, value in owner.items()
-            if value is not None
-        ]
-        self._owners = [owner for owner, _, _ in rows]
-        self._names = [name for _, name, _ in rows]
-        self._values = [value for _, _, value in rows]
-        self._tensors = [v for v in self._values if isinstance(v, Tensor)]
-        self._counted = [t for t in self._tensors if not t.is_inference()]
+        modules = list(self._model.modules())
+        tables = [table for m in modules for table in (m._modules, m._parameters, m._buffers)]
+        self._tables: list[_Table] = [table for table in tables if table]
+        self._known = [dict(table) for table in self._tables]
+        rows = [(table, name, value) for table in self._tables for name, value in table.items()]
+        # Equality of tables looks at the identity of each value first and is faster than any loop. It is not enough for
+        # a value that may be equal to another one.
+        loose = [row for row in rows if _may_equal_another(row[2])]
+        self._loose = [row[0] for row in loose], [row[1] for row in loose], [row[2] for row in loose]
+        self._tensors = [value for _, _, value in rows if isinstance(value, Tensor)]
         self._pointers = list(map(Tensor.data_ptr, self._tensors))
+        self._counted = [t for t in self._tensors if id(t) in self._watched and not t.is_inference()]
         self._seen = self._state()
         pairs = [pair for key, pair in self._pairs.items() if key not in self._covered]
         self._copies = [v for made, _, _ in pairs for v in made.unbind()], [v for _, *both in pairs for v in both]
@@ -87,7 +91,7 @@ class Held:
         Raises:
             WrnFastError: a parameter, buffer or module of the model was replaced, or moved to other memory.
         """
-        if any(map(operator.is_not, map(dict.get, self._owners, self._names), self._values)):
+        if self._replaced():
             self._refuse("has been replaced")
         if list(map(Tensor.data_ptr, self._tensors)) != self._pointers:
             self._refuse("lies in other memory")
@@ -104,14 +108,33 @@ class Held:
             renewer.renew(changed)
         self._seen = state
 
+    def _replaced(self) -> bool:
+        tables, names, values = self._loose
+        if any(map(operator.is_not, map(dict.get, tables, names), values)):
+            return True
+        try:
+            return not self._tables == self._known
+        except (RuntimeError, TypeError, ValueError):  # two tensors, whose comparison has no truth value
+            return True
+
     def _refuse(self, what: str) -> None:
         moved = {id(t) for t, was in zip(self._tensors, self._pointers, strict=True) if t.data_ptr() != was}
-        rows = zip(self._owners, self._names, self._values, strict=True)
-        name = next(name for owner, name, value in rows if owner.get(name) is not value or id(value) in moved)
+        rows = [(table, known, name) for table, known in zip(self._tables, self._known) for name in {**known, **table}]
+        name = next(
+            name for table, known, name in rows
+            if table.get(name) is not known.get(name) or id(table.get(name)) in moved
+        )  # fmt: skip
         raise WrnFastError(
             f"`model`: expected the modules and tensors that were captured, changed in place at most; {name} {what}: "
             "capture it again"
         )
+
+
+def _may_equal_another(value: Any) -> bool:
+    """Tensors of one element compare by value, modules as their class says; other tensors have no truth value."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1
+    return value is not None and type(value).__eq__ is not object.__eq__
 
 
 _version = operator.attrgetter("_version")
@@ -149,6 +172,8 @@ def get(
             return None
         found = here._made[whole] = make(), again
         here._lasting.add(id(found[0]))
+        # Vectors that a renewer reads are read before each replay, changed or not.
+        here._watched |= {id(t) for t in sources if t is not None and (again is not None or t.dim() > 1)}
     return found[0]
 
 

@@ -1,57 +1,89 @@
-"""Parity on the device: exact integers of every shipped tile, then every primitive, then whole models."""
+"""Parity of the operators on the device: exact integers of every shipped tile, then every primitive against float64."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import importlib.util
 from functools import partial
 
 import torch
 
-import wrn_fast
-from benchmarks.battery import FAILED, NOT_RUN, OK, Result, python, result
-from wrn_fast import dispatch, parity, tune
+from benchmarks.battery import FAILED, NOT_RUN, OK, Result, Step, Steps, python, result
+from benchmarks.battery.replaced import on_the_cpu
+from benchmarks.battery.stress import far, split_reductions
+from wrn_fast import dispatch, tune
 from wrn_fast.backends import cuda, triton
-from wrn_fast.verify import verify
 
 PRIMITIVES = ("tests/backends/test_primitives.py", "tests/backends/test_masks.py", "tests/backends/test_head.py")
-# NaN, infinities, denormals, the same bits in every run, inputs that stay.
-EXACT = ("tests/backends/test_exact.py",)
-SPECIAL = "{} and (nan or denormals or bits or inputs_stay)"
-# (depth, width, batch) of the networks whose tiles are proved, and (depth, width) of those that run whole.
+# Whole numbers of every small image, NaN, infinities, denormals, the same bits in every run, inputs that stay, what a
+# changed input must change: by a dtype of the backend's own.
+PROPERTIES = (PRIMITIVES[0], "tests/backends/test_exact.py", "tests/backends/test_metamorphic.py")
+NO_DTYPE = " and not float"
+# What else has the dtype's name in its own.
+NO_OTHER = {"float32": "", "bfloat16": "", "float16": " and not bfloat16"}
+# (depth, width, batch) of the networks whose tiles are proved.
 NETWORKS = ((28, 10, 128), (28, 10, 1), (28, 2, 512), (16, 4, 512), (40, 2, 512))
-MODELS = ((16, 4), (28, 10))
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PROCESSES = 8
 
 
-def steps(dry: bool) -> dict[str, Callable[[float], Result]]:
-    """By name."""
+def cuda_steps(dry: bool) -> Steps:
+    """Of the hand-written kernels, which serve 16-bit convolutions and passes in every dtype."""
+    if dry:
+        network = ((10, 1, 1),)
+        return {
+            "integers": Step(partial(on_the_cpu, partial(kernels, "fp16", "cpu", network)), 5),
+            "split reductions": Step(partial(on_the_cpu, partial(split_reductions, torch.float16, "cpu")), 5),
+            "beyond 2^31 elements": Step(partial(on_the_cpu, partial(far, "cuda", "cpu", n=3)), 5),
+        }
+    found = {"extensions": extensions()}
+    found |= {f"integers {name}": Step(partial(kernels, name, "cuda", NETWORKS), 25) for name in HALVES}
+    found |= {
+        f"split reductions {name}": Step(partial(split_reductions, dtype, "cuda"), 20) for name, dtype in HALVES.items()
+    }
+    found["beyond 2^31 elements"] = Step(partial(far, "cuda", "cuda"), 15)
+    for name in ("bfloat16", "float16"):
+        found[f"primitives {name}"] = Step(partial(primitives, f"cuda and {name}{NO_OTHER[name]}"), 90)
+    found["special values"] = Step(partial(primitives, f"cuda{NO_DTYPE}", tests=PROPERTIES), 60)
+    return found | {"primitives float32": Step(partial(primitives, "cuda and float32"), 60)}
+
+
+def tile_steps(dry: bool) -> Steps:
+    """Of every tile that the Triton kernels choose."""
     if dry:
         return {
-            "integers WRN-10-1 fp32": partial(integers, (10, 1, 1), "fp32", "cpu"),
-            "primitives float64": partial(primitives, "aten and channel_stats and float64"),
-            "integers of boxes": partial(special, "cpu"),
-            "model WRN-10-1": partial(model, (10, 1), (torch.float64,), "cpu"),
+            "integers WRN-10-1 fp32": Step(partial(integers, (10, 1, 1), "fp32", "cpu"), 5),
+            "integers of boxes": Step(partial(special, "cpu"), 5),
         }
-    found: dict[str, Callable[[float], Result]] = {"extensions": build}
+    found: Steps = {}
     for dtype in tune.DTYPES:
-        for depth, width, batch in NETWORKS:
-            found[f"integers WRN-{depth}-{width} batch {batch} {dtype}"] = partial(
-                integers, (depth, width, batch), dtype, "cuda"
+        for network in NETWORKS:
+            depth, width, batch = network
+            # Tiles are compiled for the first network of a dtype, the others bring few new ones.
+            seconds = 40 if network is NETWORKS[0] else 18
+            found[f"integers WRN-{depth}-{width} batch {batch} {dtype}"] = Step(
+                partial(integers, network, dtype, "cuda"), seconds
             )
-    for dtype in ("float32", "float16", "bfloat16"):
-        found[f"primitives {dtype}"] = partial(primitives, f"triton and {dtype}")
-    found["special values"] = partial(primitives, SPECIAL.format("triton"), tests=EXACT)
-    found["integers of boxes"] = partial(special, "cuda")
-    found["e4m3 WRN-28-10"] = partial(eight_bits, (28, 10), "cuda")
-    for network in MODELS:
-        for name in (torch.float32, torch.bfloat16, torch.float16):
-            label = str(name).removeprefix("torch.")
-            found[f"model WRN-{network[0]}-{network[1]} {label}"] = partial(model, network, (name,), "cuda")
-    return found | hand_written()
+    return found | {"integers of boxes": Step(partial(special, "cuda"), 15)}
+
+
+def triton_steps(dry: bool) -> Steps:
+    """Of the Triton kernels through the operators."""
+    if dry:
+        return {"primitives float64": Step(partial(primitives, "aten and channel_stats and float64"), 5)}
+    found = {"special values": Step(partial(primitives, f"triton{NO_DTYPE}", tests=PROPERTIES), 120)}
+    for name in ("bfloat16", "float16", "float32"):
+        found[f"primitives {name}"] = Step(partial(primitives, f"triton and {name}{NO_OTHER[name]}"), 90)
+    return found | {"beyond 2^31 elements": Step(partial(far, "triton", "cuda"), 20)}
+
+
+def extensions() -> Step:
+    """`_cpu` and `_cuda`, wherever a stage needs them."""
+    return Step(build, 5 if cuda.missing() is None else 75, always=True)
 
 
 def build(seconds: float) -> Result:
-    """Compiles `_cpu` and `_cuda` for this Python and GPU's toolkit; without nvcc the cuda backend is left out."""
+    """Compiles what changed for this Python and GPU's toolkit; without nvcc the cuda backend is left out."""
     done = python(["setup.py", "-q", "build_ext", "--inplace"], seconds)
     importlib.invalidate_caches()
     cuda._load.cache_clear()
@@ -60,26 +92,12 @@ def build(seconds: float) -> Result:
     return done if done["status"] == FAILED else result(NOT_RUN if reason else OK, reason or "_cuda is built")
 
 
-def hand_written() -> dict[str, Callable[[float], Result]]:
-    """The same of the cuda backend, which serves 16-bit convolutions and passes in every dtype."""
-    found: dict[str, Callable[[float], Result]] = {}
-    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        found[f"cuda integers {name}"] = partial(kernels, name)
-        found[f"cuda primitives {name}"] = partial(primitives, f"cuda and {str(dtype).removeprefix('torch.')}")
-        for network in MODELS:
-            label = f"cuda model WRN-{network[0]}-{network[1]} {name}"
-            found[label] = partial(model, network, (dtype,), "cuda", backend="cuda")
-    found["cuda e4m3 WRN-28-10"] = partial(eight_bits, (28, 10), "cuda", backend="cuda", dtype=torch.bfloat16)
-    found["cuda special values"] = partial(primitives, SPECIAL.format("cuda"), tests=EXACT)
-    return found | {"cuda primitives float32": partial(primitives, "cuda and float32")}
-
-
-def kernels(dtype: str, seconds: float) -> Result:
+def kernels(dtype: str, device: str, networks: tuple[tuple[int, int, int], ...], seconds: float) -> Result:
     """The self-check of every kernel of `_cuda` that serves a layer of the networks."""
-    place = torch.device("cuda", torch.cuda.current_device())
+    place = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
     wrong, seen = [], set()
-    for depth, width, batch in NETWORKS:
-        for op, problem in tune.tasks(depth, width, batch, dtype):
+    for depth, width, batch in networks:
+        for op, problem in tune.tasks(depth, width, batch, dtype, device):
             reason = cuda.refused(op, problem)
             if reason:
                 return result(NOT_RUN, reason)
@@ -122,37 +140,10 @@ def special(device: str, seconds: float) -> Result:
     return result(FAILED, bad[0]) if bad else result(OK if wrong else NOT_RUN, f"{len(wrong)} tiles exact")
 
 
-def eight_bits(
-    network: tuple[int, int], device: str, seconds: float, backend: str = "triton", dtype: torch.dtype = torch.float32
-) -> Result:
-    """A network calibrated on normal images: how far its outputs in e4m3 are from those without."""
-    from wrn_fast.fp8 import calibrate
-
-    torch.manual_seed(0)
-    model = wrn_fast.classic(network[0], 10, network[1]).to(device, dtype).eval()
-    images = [torch.randn(64, 3, 32, 32, device=device, dtype=dtype) for _ in range(4)]
-    with wrn_fast.backend(backend):
-        found = calibrate(model, images)
-    return result(OK if found.error < parity.MEANINGLESS else FAILED, str(found), ranges=found.ranges)
-
-
 def primitives(expression: str, seconds: float, tests: tuple[str, ...] = PRIMITIVES) -> Result:
     """Every primitive against float64, through the operators: the tests of the repository on this device."""
     words = ["-m", "pytest", *tests, "-k", expression, "-q", "--benchmark-disable", "--all-cases", "-p",
              "no:cacheprovider"]  # fmt: skip
+    if importlib.util.find_spec("xdist") and torch.cuda.is_available():
+        words += ["-n", str(PROCESSES)]
     return python(words, seconds, TRITON_INTERPRET="")
-
-
-def model(
-    network: tuple[int, int], dtypes: tuple[torch.dtype, ...], device: str, seconds: float, backend: str = "triton"
-) -> Result:
-    """Outputs, features, gradients, statistics and optimizer steps of a whole model."""
-    small = device == "cpu"
-    fast = wrn_fast.classic(network[0], 10, network[1])
-    with wrn_fast.backend("aten" if small else backend):
-        report = verify(
-            fast, seeds=1 if small else parity.SEEDS, dtypes=dtypes, steps=1 if small else 3, batch=2 if small else 8,
-            device=device,
-        )  # fmt: skip
-    worst = next(iter(report.failed()), None)
-    return result(OK if report.ok else FAILED, str(worst or "every quantity within its bound"), report=report.as_dict())

@@ -4,27 +4,40 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks.battery import NOT_RUN, Result, python, result
+from benchmarks.battery import NOT_RUN, Result, Step, Steps, python, result
+from benchmarks.battery.parity import extensions
 
 SMALL = ["-m", "benchmarks.battery.small"]
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+# A process imports torch under the tool, which patches each kernel that it meets.
+SECONDS = 50
 
 
-def steps(dry: bool) -> dict[str, Callable[[float], Result]]:
-    """By name."""
+def cuda_steps(dry: bool) -> Steps:
+    """Of the hand-written kernels: every one by itself, then a network's graph with all of them in a row."""
+    runs = ("hand-written", "graph")
     if dry:
-        return {"no sanitizer, interpreted": lambda seconds: python([*SMALL, "cpu", "all"], seconds)}
-    found: dict[str, Callable[[float], Result]] = {
-        "no sanitizer": lambda seconds: python([*SMALL, "cuda", "all"], seconds),
-        "no sanitizer, cuda backend": lambda seconds: python([*SMALL, "cuda", "hand-written"], seconds),
-    }
-    found |= {f"compute-sanitizer {tool}": partial(vendor, tool, "all") for tool in TOOLS}
-    found |= {f"compute-sanitizer {tool}, cuda backend": partial(vendor, tool, "hand-written") for tool in TOOLS}
-    return found | {"ConSan": partial(instrumented, "consan", "all"), "FpSan": fpsan}
+        return {what: Step(partial(plain, what, "cpu"), 15) for what in runs}
+    found = {"extensions": extensions()}
+    found |= {f"{what}, no sanitizer": Step(partial(plain, what, "cuda"), 15) for what in runs}
+    return found | {f"{what}, {tool}": Step(partial(vendor, tool, what), SECONDS) for what in runs for tool in TOOLS}
+
+
+def triton_steps(dry: bool) -> Steps:
+    """Of the Triton kernels."""
+    if dry:
+        return {"no sanitizer, interpreted": Step(partial(plain, "all", "cpu"), 15)}
+    found = {"no sanitizer": Step(partial(plain, "all", "cuda"), 60)}
+    found |= {tool: Step(partial(vendor, tool, "all"), SECONDS + 20) for tool in TOOLS}
+    return found | {"ConSan": Step(partial(instrumented, "consan", "all"), 80), "FpSan": Step(fpsan, 60)}
+
+
+def plain(what: str, device: str, seconds: float) -> Result:
+    """The run itself."""
+    return python([*SMALL, device, what], seconds)
 
 
 def vendor(tool: str, what: str, seconds: float) -> Result:
@@ -34,8 +47,9 @@ def vendor(tool: str, what: str, seconds: float) -> Result:
     if program is None:
         return result(NOT_RUN, "compute-sanitizer is neither on PATH nor under CUDA_HOME")
     before = [program, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
-    # torch's caching allocator would hide a write past the end of a tensor.
-    return python([*SMALL, "cuda", what], seconds, before, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    # torch's caching allocator would hide a write past the end of a tensor, but a graph cannot be captured without it.
+    caching = {} if what == "graph" else {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return python([*SMALL, "cuda", what], seconds, before, **caching)
 
 
 def instrumented(mode: str, what: str, seconds: float) -> Result:

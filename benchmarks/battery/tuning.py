@@ -4,31 +4,36 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks.battery import FAILED, OK, Result, result
+from benchmarks.battery import FAILED, OK, Result, Step, Steps, result
+from benchmarks.battery.parity import extensions
 from benchmarks.machine import ROOT
 from wrn_fast import tune
 from wrn_fast.errors import WrnFastError
 from wrn_fast.problem import ConvProblem
 
-# Most telling first: (depth, width, batch, dtype).
-NETWORKS = (
-    (28, 10, 128, "bf16"),
-    (28, 2, 512, "bf16"),
-    (16, 4, 512, "bf16"),
-    (28, 10, 1, "bf16"),
-    (28, 10, 128, "fp16"),
-)
+# (depth, width, batch, dtype), expected seconds: some 25 classes of problems, 20 tiles each.
+WIDE = {(28, 10, 128, "bf16"): 200, (28, 10, 1, "bf16"): 90}
+NARROW = {(28, 2, 512, "bf16"): 80, (16, 4, 512, "bf16"): 80, (28, 10, 128, "fp16"): 200}
 
 
-def steps(dry: bool) -> dict[str, Callable[[float], Result]]:
-    """By name."""
-    if dry:
-        return {"one layer, interpreted": interpreted}
-    return {f"WRN-{d}-{w} batch {n} {dtype}": partial(network, d, w, n, dtype) for d, w, n, dtype in NETWORKS}
+def wide_steps(dry: bool) -> Steps:
+    """Of WRN-28-10."""
+    return {"one layer, interpreted": Step(interpreted, 5)} if dry else _steps(WIDE)
+
+
+def narrow_steps(dry: bool) -> Steps:
+    """Of networks that are bound by memory, and the other dtype."""
+    return wide_steps(True) if dry else _steps(NARROW)
+
+
+def _steps(networks: dict[tuple[int, int, int, str], int]) -> Steps:
+    return {"extensions": extensions()} | {
+        f"WRN-{depth}-{width} batch {batch} {dtype}": Step(partial(network, depth, width, batch, dtype), seconds)
+        for (depth, width, batch, dtype), seconds in networks.items()
+    }
 
 
 def network(depth: int, width: int, batch: int, dtype: str, seconds: float) -> Result:

@@ -91,8 +91,22 @@ def test_denormals_are_kept(compiled):
     assert not re.search(r"\bFFMA\S*\.FTZ", compiled[1])
 
 
-def test_the_experiments_for_hopper_compile(tmp_path):
-    """Straight-line products, no spills: else they would measure something else."""
+def test_the_experiments_for_hopper_compile_to_what_they_ask(tmp_path):
+    """Straight-line products, no spills, one product of each kind, shared fetches: else they would not measure that."""
     tool("nvcc")
-    report = run(*hopper.compile_command(tmp_path / "hopper"), "-Xptxas", "-v")
-    assert "C75" not in report and re.findall(r"(\d+) bytes spill stores", report) == ["0"] * 4
+    program = tmp_path / "hopper"
+    report = run(*hopper.compile_command(program), "-Xptxas", "-v")
+    assert "C75" not in report and set(re.findall(r"(\d+) bytes spill stores", report)) == {"0"}
+    functions = re.split(r"Function : (\S+)", run(tool("cuobjdump"), "-sass", str(program)))
+    found = dict(zip(functions[1::2], functions[2::2], strict=True))
+    products = [re.findall(r"\b([HQ]GMMA\S*) \S+ (gdesc\S+)", sass) for name, sass in found.items() if "once" in name]
+    kinds = sorted((name, "tnspA.tnspB" in operands) for ((name, operands),) in products)
+    assert kinds == [
+        ("HGMMA.64x160x16.F32", False), ("HGMMA.64x160x16.F32.BF16", False), ("HGMMA.64x160x16.F32.BF16", True),
+        ("QGMMA.64x160x32.F32.E4M3.E4M3", False),
+    ]  # fmt: skip
+    shared = {"MULTICAST" in sass for name, sass in found.items() if "box_pair" in name}
+    alone = {"MULTICAST" in sass for name, sass in found.items() if "box_loop" in name}
+    assert (shared, alone) == ({True}, {False})
+    loop = next(sass for name, sass in found.items() if "supply" in name)
+    assert len(re.findall("HGMMA", loop)) % 8 == 0 and not re.search(r"\b(LDL|STL)\b", loop)

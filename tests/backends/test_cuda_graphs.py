@@ -12,6 +12,7 @@ from torch import nn
 import wrn_fast
 from wrn_fast import graphs
 from wrn_fast.block import run_chain
+from wrn_fast.kernels import cuda_weights
 
 SHAPE = (1, 16, 8, 8)
 
@@ -26,6 +27,15 @@ class Net(nn.Module):
 
     def forward(self, x):
         return run_chain(list(self.blocks), x)
+
+
+class Note(nn.Module):
+    """All of its kind are equal, as modules that are dataclasses may be."""
+
+    __hash__ = nn.Module.__hash__
+
+    def __eq__(self, other):
+        return type(other) is Note
 
 
 def net(seed):
@@ -122,6 +132,26 @@ def test_a_checkpoint_is_followed(tapes, seed):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name, everything", [("Conv2d.weight", True), ("BatchNorm2d.weight", False),
+                                              ("running_mean", False), ("num_batches_tracked", False)])  # fmt: skip
+def test_only_filters_that_were_counted_are_packed_again(tapes, seed, name, everything, monkeypatch):
+    """Vectors are folded anew in any case, and a counter of batches is no reason to."""
+    model = net(seed)
+    fast = wrn_fast.graphed(model, image())
+    fast(image())
+    asked = []
+    renew = cuda_weights._Renewer.renew
+    monkeypatch.setattr(
+        cuda_weights._Renewer, "renew", lambda self, everything: (asked.append(everything), renew(self, everything))
+    )
+    fast(image())
+    for v in every(model, name):
+        v.add_(1)
+    check(fast, model)
+    assert asked == [False, everything]
+
+
+@torch.no_grad()
 def test_refresh_finds_what_no_sample_shows(tapes, seed):
     model = net(seed)
     fast = wrn_fast.graphed(model, image())
@@ -145,13 +175,35 @@ def swap(model):
     model.blocks[1] = copy.deepcopy(model.blocks[1])
 
 
+def count_again(model):
+    """By a tensor of equal value."""
+    bn = model.blocks[0].bn1
+    bn.num_batches_tracked = bn.num_batches_tracked.clone()
+
+
+def exchange_alike(model):
+    """By a module that its class calls equal."""
+    model.blocks[0].note = Note()
+
+
+def give_a_bias(model):
+    model.blocks[0].conv2.bias = nn.Parameter(torch.zeros(16, dtype=torch.bfloat16))
+
+
+CHANGES = {
+    "weight has been": replace, "weight lies": move, "1 has been": swap, "num_batches_tracked has been": count_again,
+    "note has been": exchange_alike, "bias has been": give_a_bias,
+}  # fmt: skip
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("change, word", [(replace, "weight has been"), (move, "weight lies"), (swap, "1 has been")])
-def test_what_the_graph_cannot_follow_raises(tapes, seed, change, word):
+@pytest.mark.parametrize("word", CHANGES)
+def test_what_the_graph_cannot_follow_raises(tapes, seed, word):
     model = net(seed)
+    model.blocks[0].note = Note()
     fast = wrn_fast.graphed(model, image())
     fast(image())
-    change(model)
+    CHANGES[word](model)
     with pytest.raises(wrn_fast.WrnFastError, match=f"`model`.*{word}.*capture it again"):
         fast(image())
     check(wrn_fast.graphed(model, image()), model)
