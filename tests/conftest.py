@@ -44,7 +44,12 @@ def pytest_terminal_summary(terminalreporter, config):
 
 def pytest_collection_modifyitems(config, items):
     skip_gpu, skip_native = no_gpu_reason(items), no_extension_reason()
+    usual = float(config.getini("timeout") or 0) if config.pluginmanager.hasplugin("timeout") else 0
+    longer = usual * config.getoption("--fuzz-scale") + config.getoption("--soak")
     for item in items:
+        # A run that was asked to be longer has the time for it.
+        if usual and longer > 2 * usual and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(longer))
         if skip_gpu and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=skip_gpu))
         if skip_native and item.get_closest_marker("native"):
