@@ -104,6 +104,18 @@ def test_masks_are_those_of_the_operators(block, moved, any_dtype, monkeypatch):
     assert drops.count("output_act") == moved
 
 
+@torch.no_grad()
+def test_only_what_runs_is_asked_for(any_dtype, monkeypatch):
+    """A backend proves a kernel when it is chosen, which costs seconds on a GPU: not for prologues that never run."""
+    monkeypatch.setattr(activated, "by_time", ALWAYS)
+    asked, choose = [], dispatch.choose
+    monkeypatch.setattr(dispatch, "choose", lambda op, problem: (asked.append(problem), choose(op, problem))[1])
+    model, x = network(torch.bfloat16)
+    with dispatch.backend("aten"):
+        assert chain.run_blocks([unit.parts() for unit in units(model)], x) is not None
+    assert sum(problem.prologue for problem in set(asked)) == 2  # the first one, without and with its second output
+
+
 def test_what_stays_a_prologue():
     """float32, dropout before BatchNorm, another slope than the writer's own, a shortcut with another prologue."""
     model, x = network(torch.bfloat16, dropRate=0.3)

@@ -38,10 +38,12 @@ def run_blocks(blocks: Sequence[Any], x: Tensor) -> Tensor | None:
     steps = _steps(blocks, x)
     if steps is None:
         return None
-    modules = {dispatch.choose("fprop", step.problem) for step in steps}
-    run = getattr(modules.pop(), "chain", None) if len(modules) == 1 else None
+    first = dispatch.choose("fprop", steps[0].problem)
+    run = getattr(first, "chain", None)
     if run is None:
-        return _run_activated(steps, x)
+        return _run_activated(steps, x) if hasattr(first, "scale_shift") else None
+    if len({dispatch.choose("fprop", step.problem) for step in steps}) > 1:
+        return None
     if not all(v is None or v.dtype is torch.float32 for step in steps for v in step.norm):
         return None
     return run(x.contiguous(memory_format=torch.channels_last), _drawn(steps, x))
@@ -53,10 +55,8 @@ def _drawn(steps: list[Step], x: Tensor) -> list[Step]:
 
 def _run_activated(steps: list[Step], x: Tensor) -> Tensor | None:
     """None where no layer would write a second output: the operators do the same then."""
-    if not activated.serves(steps):
-        return None
     planned = activated.plan(steps, activated.by_time)
-    if all(step.second is None for step in planned):
+    if all(step.second is None for step in planned) or not activated.serves(planned):
         return None
     return activated.run(x.contiguous(memory_format=torch.channels_last), _drawn(planned, x))
 
