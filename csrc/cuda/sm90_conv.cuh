@@ -6,15 +6,16 @@
 // Persistent: a block takes every gridDim.x-th job of the schedule, a tile of pixels x block_k channels. Warp 0 fetches
 // activations (TMA boxes: out of the image is zero) and warp 1 packed filters (bulk copies) into two rings; warps 2 and
 // 3 apply the prologue in place; warpgroups 1 and 2 multiply, each its half of the pixels, and run the epilogue
-// (sm90_epilogue.cuh). A tile of `blocks` 64-row blocks a warpgroup reads each source row_taps times less often than an
-// implicit GEMM that fetches each tap: with row_taps 3 a box brings the pixels of one filter column with two rows of
-// halo, and the three filter rows are starts within it. All of them lie on the swizzle's period.
+// (sm90_epilogue.cuh), for which warps 2 and 3 also draw the dropout mask. A tile of `blocks` 64-row blocks a warpgroup
+// reads each source row_taps times less often than an implicit GEMM that fetches each tap: with row_taps 3 a box brings
+// the pixels of one filter column with two rows of halo, and the three filter rows are starts within it. All of them
+// lie on the swizzle's period.
 #pragma once
 
-#include "sm90_e4m3.cuh"
 #include "sm90_epilogue.cuh"
 #include "sm90_hw.cuh"
 #include "sm90_plan.h"
+#include "sm90_producer.cuh"
 
 namespace wrn_fast {
 namespace sm90 {
@@ -26,172 +27,10 @@ struct ConvTraits {
   static constexpr bool dgrad = dgrad_, fp16 = fp16_, e4m3 = e4m3_;
   static constexpr int chunk = e4m3 ? kChunk8 : kChunk;  // channels
   using Memory = ConvMemory<block_k, blocks, row_taps>;
-  // 224 and 56: both roles without a spill at 2 x 64 x 160 (ptxas 13.0).
-  static constexpr int kConsumerRegisters = 224, kProducerRegisters = 56;
+  // Both roles without a spill at 2 x 64 x 160 (ptxas 13.0). e4m3 has no prologue, so its producers need less.
+  static constexpr int kConsumerRegisters = e4m3 ? 224 : 216, kProducerRegisters = e4m3 ? 56 : 72;
   static_assert((kConsumers * kConsumerRegisters + kProducerRegisters) * kWarpgroup <= kRegistersMax);
 };
-
-// One chunk of one source: columns x fetches boxes of activations, each read by `taps` filter rows.
-struct Chunk {
-  const Source* source;
-  bool is_short;
-  int chunk, parity, halo, first_column, columns, fetches, taps;
-};
-
-// Units of the reduction of a job: the first `main` are the main source's, [begin, end) the split's.
-struct Units {
-  int main, begin, end;
-};
-template <class T, class Params>
-SM90_FN Units units_of(const Params& p, const Job& j) {
-  const int main = chunks_of(p.source.channels, T::chunk) * p.source.columns[j.parity & 1].count;
-  const int units = main + chunks_of(p.source_short.channels, T::chunk), splits = p.schedule.splits;
-  return {main, split_begin(units, splits, j.split), split_begin(units, splits, j.split + 1)};
-}
-
-// The chunks of units [begin, end) of a job, in the order in which all roles walk through the rings. One call of
-// `visit`, not one a source: each role has its loop once.
-template <class T, class Params, class Visit>
-SM90_FN void for_each_chunk(const Params& p, const Job& j, int begin, int end, Visit&& visit) {
-  constexpr int row_taps = T::row_taps;
-  const int rows = p.source.rows[j.parity >> 1].count, columns = p.source.columns[j.parity & 1].count;
-  const int main = units_of<T>(p, j).main;
-  for (int u = begin; u < end;) {
-    const bool is_short = u >= main;
-    const int chunk = is_short ? u - main : u / columns, first = is_short ? 0 : u - chunk * columns;
-    const Chunk k{is_short ? &p.source_short : &p.source,
-                  is_short,
-                  chunk,
-                  is_short ? 0 : j.parity,
-                  is_short ? 0 : row_taps - 1,
-                  first,
-                  is_short ? 1 : least(columns - first, end - u),
-                  is_short || row_taps > 1 ? 1 : rows,
-                  is_short || row_taps == 1 ? 1 : rows};
-    visit(k);
-    u += k.columns;
-  }
-}
-
-template <class T, class Params, class Visit>
-SM90_FN void for_each_chunk(const Params& p, const Job& j, Visit&& visit) {
-  const Units units = units_of<T>(p, j);
-  for_each_chunk<T>(p, j, units.begin, units.end, visit);
-}
-
-// Where fetch (column, row) of a chunk starts in its source.
-SM90_FN Pixel fetch_origin(const Chunk& k, int column, int row, Pixel origin) {
-  const Source& s = *k.source;
-  const Axis rows = s.rows[k.parity >> 1], columns = s.columns[k.parity & 1];
-  return {origin.q * s.in_stride + offset_of(columns, column),
-          origin.p * s.in_stride + (k.halo ? lowest_offset(rows) : offset_of(rows, row)), origin.n};
-}
-
-template <class T, class Params>
-SM90_FN void fetch_activations(const Params& p, uint32_t base) {
-  using M = typename T::Memory;
-  Ring a;
-  const int jobs = jobs_of(p.schedule);
-  for (int job = hw::block(); job < jobs; job += hw::blocks()) {
-    const Job j = job_of(p.schedule, job);
-    for_each_chunk<T>(p, j, [&](const Chunk& k) {
-      const hw::Map* const map = k.is_short ? &p.a_short : &p.a;
-      const int bytes = fetched_rows(p.schedule.tile, k.halo) * kRowBytes;
-      for (int column = k.first_column; column < k.first_column + k.columns; ++column) {
-        for (int row = 0; row < k.fetches; ++row) {
-          const Pixel at = fetch_origin(k, column, row, j.origin);
-          hw::barrier_wait(base + M::barrier(M::kAEmpty + a.index), a.phase ^ 1);
-          const uint32_t fetched = base + M::barrier((p.prologue ? M::kARaw : M::kAFull) + a.index);
-          hw::barrier_expect(fetched, bytes);
-          hw::load_box4(base + M::a(a.index), map, fetched, k.chunk * T::chunk, at.q, at.p, at.n);
-          a = next(a, M::kAStages);
-        }
-      }
-    });
-  }
-}
-
-template <class T, class Params>
-SM90_FN void fetch_filters(const Params& p, uint32_t base) {
-  using M = typename T::Memory;
-  Ring b;
-  const int jobs = jobs_of(p.schedule);
-  for (int job = hw::block(); job < jobs; job += hw::blocks()) {
-    const Job j = job_of(p.schedule, job);
-    for_each_chunk<T>(p, j, [&](const Chunk& k) {
-      const Source& s = *k.source;
-      const char* const filters = static_cast<const char*>(k.is_short ? p.w_short : p.w);
-      const int R = k.is_short ? 1 : p.R, S = k.is_short ? 1 : p.S;
-      for (int column = k.first_column; column < k.first_column + k.columns; ++column) {
-        for (int i = 0; i < k.fetches * k.taps; ++i) {
-          const int64_t block = packed_block(chunks_of(s.channels, T::chunk), R, S, j.k_block, k.chunk,
-                                             tap_of(s.columns[k.parity & 1], column), tap_of(s.rows[k.parity >> 1], i));
-          hw::barrier_wait(base + M::barrier(M::kBEmpty + b.index), b.phase ^ 1);
-          const uint32_t filled = base + M::barrier(M::kBFull + b.index);
-          hw::barrier_expect(filled, M::kBBytes);
-          hw::load_bytes(base + M::b(b.index), filters + block * M::kBBytes, M::kBBytes, filled);
-          b = next(b, M::kBStages);
-        }
-      }
-    });
-  }
-}
-
-// act(x * scale + shift) of 8 channels of one pixel, in place; zero outside the image.
-template <class T>
-SM90_FN void transform_vector(const Source& s, uint32_t address, bool in, const float (&scale)[8],
-                              const float (&shift)[8]) {
-  hw::Vector v = hw::load_vector(address);
-  float value[8];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    value[2 * i] = hw::fused(hw::low_half<T::fp16>(v.word[i]), scale[2 * i], shift[2 * i]);
-    value[2 * i + 1] = hw::fused(hw::high_half<T::fp16>(v.word[i]), scale[2 * i + 1], shift[2 * i + 1]);
-  }
-  activate(value, s.act, s.slope);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) v.word[i] = in ? hw::pack<T::fp16>(value[2 * i], value[2 * i + 1]) : 0u;
-  hw::store_vector(address, v);
-}
-
-// The prologue. A thread keeps one group of 8 channels; channels past the last are zero and no product reads them.
-template <class T, class Params>
-SM90_FN void transform(const Params& p, uint32_t base) {
-  using M = typename T::Memory;
-  const int t = hw::thread() - (kWarpgroup - kTransformers), group = t % 8;
-  const PixelTile tile = p.schedule.tile;
-  Ring a;
-  const int jobs = jobs_of(p.schedule);
-  for (int job = hw::block(); job < jobs; job += hw::blocks()) {
-    const Job j = job_of(p.schedule, job);
-    for_each_chunk<T>(p, j, [&](const Chunk& k) {
-      const Source& s = *k.source;
-      const int channel = k.chunk * kChunk + group * 8;
-      const bool mine = s.scale && channel < s.channels;
-      float scale[8], shift[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        scale[i] = mine ? hw::from_global(s.scale + channel + i) : 0.f;
-        shift[i] = mine ? hw::from_global(s.shift + channel + i) : 0.f;
-      }
-      const int rows = mine ? fetched_rows(tile, k.halo) : 0;
-      for (int column = k.first_column; column < k.first_column + k.columns; ++column) {
-        for (int row = 0; row < k.fetches; ++row) {
-          const Pixel at = fetch_origin(k, column, row, j.origin);
-          hw::barrier_wait(base + M::barrier(M::kARaw + a.index), a.phase);
-          for (int i = t / 8; i < rows; i += kTransformers / 8) {
-            const Pixel f = fetched_pixel(tile, k.halo, i, s.in_stride);
-            transform_vector<T>(s, base + M::a(a.index) + a_vector(i, group),
-                                inside({at.q + f.q, at.p + f.p, at.n + f.n}, s.extent), scale, shift);
-          }
-          hw::fence_async();
-          hw::barrier_arrive(base + M::barrier(M::kAFull + a.index));
-          a = next(a, M::kAStages);
-        }
-      }
-    });
-  }
-}
 
 // `steps` products of 16 channels (e4m3: 32) for each 64-row block, as one batch.
 template <class T, int steps>
@@ -294,9 +133,14 @@ SM90_FN bool last_to_add(const Params& p, uint32_t base, int job, int consumer, 
 
 template <class T, class Params>
 SM90_FN void consume(const Params& p, uint32_t base, int consumer) {
+  using M = typename T::Memory;
   const bool elected = hw::thread() % kWarpgroup == 0;
   Ring a, b;
   Side side;
+  // The threads of a consumer meet after the last of them has read the mask, to store what it left.
+  const auto give_mask = [&] {
+    if (draws<T>(p) && elected) hw::barrier_arrive(base + M::barrier(M::kMaskEmpty));
+  };
   const int jobs = jobs_of(p.schedule);
   for (int job = hw::block(); job < jobs; job += hw::blocks()) {
     const Job j = job_of(p.schedule, job);
@@ -332,18 +176,30 @@ SM90_FN void consume(const Params& p, uint32_t base, int consumer) {
         for_each_chunk<T>(p, j, of_short ? most(u.begin, u.main) : u.begin, of_short ? u.end : least(u.end, u.main),
                           visit);
       }
-      as_numbers<T>(p, j, acc, u.main < u.end ? p.factor_short : p.factor);
     } else {
       for_each_chunk<T>(p, j, visit);
     }
+    // Taken and given back also where another block goes on: the mask's barriers count the jobs.
+    if (draws<T>(p)) hw::barrier_wait(base + M::barrier(M::kMaskFull), mask_phase(hw::fresh(job)));
     if constexpr (T::blocks == 1) {
       if (!whole) {
-        if (!last_to_add<T>(p, base, hw::fresh(job), consumer, acc[0])) continue;
+        if constexpr (T::e4m3) {
+          const Units u = units_of<T>(p, j);
+#pragma unroll
+          for (int g = 0; g < T::block_k / 16; ++g) {
+            as_numbers<T>(p, j.k_block * T::block_k, hw::thread() % 32, g, u.main < u.end, j.split == 0, acc[0]);
+          }
+        }
+        if (!last_to_add<T>(p, base, hw::fresh(job), consumer, acc[0])) {
+          give_mask();
+          continue;
+        }
         if (p.has_side && elected) request_side<T>(p, base, j, consumer, consumer);
       }
     }
     // The job is taken apart again rather than kept: registers are what the main loop is short of.
     finish<T>(p, base, job_of(p.schedule, hw::fresh(job)), consumer, acc, side);
+    give_mask();
   }
   if (elected) hw::store_wait_read();
 }
@@ -364,6 +220,8 @@ SM90_FN void conv_body(const Params& p) {
       hw::barrier_init(base + M::barrier(M::kBEmpty + i), kConsumers);
     }
     for (int i = 0; i < kConsumers; ++i) hw::barrier_init(base + M::barrier(M::kSideFull + i), 1);
+    hw::barrier_init(base + M::barrier(M::kMaskFull), kTransformers);
+    hw::barrier_init(base + M::barrier(M::kMaskEmpty), kConsumers);
     hw::barrier_init_fence();
     hw::prefetch_map(&p.a);
   }
@@ -380,9 +238,9 @@ SM90_FN void conv_body(const Params& p) {
       }
     } else if (warp == 1) {
       if (hw::thread() == 32) fetch_filters<T>(p, base);
-    } else if (p.prologue) {
+    } else if (p.prologue || draws<T>(p)) {
       hw::wait_for_prior_grid();
-      transform<T>(p, base);
+      prepare<T>(p, base);
     }
   } else {
     hw::registers_up<T::kConsumerRegisters>();

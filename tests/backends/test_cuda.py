@@ -61,7 +61,6 @@ def case_of(dtype=torch.bfloat16, seed=1, **fixed):
        ("dgrad", {"C": 20}, "C to be a multiple of 16"), ("wgrad", {"C": 3, "p": 0.5, "drop_at": "prologue"}, "C to"),
        ("fprop", {"short_C": 24}, "24"), ("fprop", {"short_C": 32, "short_stride": 3}, "stride 1 or 2"),
        ("fprop", {"stride": 3}, "stride"), ("fprop", {"R": 9, "S": 9, "pad": (4,) * 4}, "7x7"),
-       ("fprop", {"p": 0.5, "drop_at": "output", "act_out": "relu"}, "second output"),
        ("fprop", {"device": "cpu"}, "cuda tensor"), ("dropout", {"device": "xpu"}, "xpu"),
        ("dropout", {"dtype": torch.int8}, "int8")],
 )  # fmt: skip
@@ -117,6 +116,26 @@ def test_the_tile_fetches_a_filter_column_at_once_where_it_can(gpu):
     assert cuda.config("fprop", SOURCE._replace(N=1), 0) == Tile(0), "split, to fill the GPU"
 
 
+def test_the_tile_in_8_bits_is_chosen_like_that_in_16(gpu):
+    gpu((9, 0))
+    assert cuda.config("fprop_fp8", SOURCE, 0) == Tile(1)
+    assert cuda.config("fprop_fp8", SOURCE._replace(stride=2), 0) == Tile(0)
+    assert cuda.config("fprop_fp8", SOURCE._replace(N=1), 0) == Tile(0), "split, to fill the GPU"
+    assert cuda.tiles("fprop_fp8", SOURCE) == [Tile(0), Tile(1)], "what precedes is in the pass that rounds"
+    assert cuda.tiles("fprop_fp8", SOURCE._replace(K=48)) == [Tile(0)]
+
+
+def test_a_tuned_row_names_the_tile_in_8_bits(gpu, monkeypatch):
+    gpu((9, 0))
+    rows = {("cuda", "fprop_fp8"): {"rows": 128, "apply": False}}
+    monkeypatch.setattr(tuned, "lookup", lambda name, op, problem, chip, arch: rows.get((name, op)))
+    cuda.config.cache_clear()
+    assert cuda.config("fprop_fp8", SOURCE, 0) == Tile(0)
+    rows["cuda", "fprop_fp8"] = {"rows": 128, "apply": True}
+    cuda.config.cache_clear()
+    assert cuda.config("fprop_fp8", SOURCE, 0) == Tile(1), "a row that is not legal gives way"
+
+
 def test_a_tuned_row_names_the_tile_and_prefers_the_backend(gpu, monkeypatch):
     gpu((9, 0))
     rows = {}
@@ -167,6 +186,26 @@ def test_dropout_of_the_source_is_drawn_once(recorder):
     assert recorder.names() == ["pack", "apply", "fprop", "pack", "dgrad", "act_backward"]
     assert recorder.of("apply")["rng"] == recorder.of("act_backward")["rng"] == case.rng.data_ptr()
     assert recorder.of("dgrad")["x"] == 0 and recorder.of("act_backward")["da"] == recorder.of("dgrad")["g"]
+
+
+@pytest.mark.parametrize("drop_at", ["output", "output_act"])
+def test_dropout_of_an_output_is_in_the_convolution(recorder, drop_at):
+    """No pass; y, its statistics and the second output are those of a call that does not drop, times the mask."""
+    case = case_of(p=0.5, drop_at=drop_at, act_out="relu", want_stats=True, prologue=False, affine=False,
+                   act="identity", residual=True)  # fmt: skip
+    case.tensors["out_shift"] = None
+    y, stats, y_act = RUN["fprop"](case)
+    assert recorder.names() == ["pack", "fprop", "merge_moments"]
+    call = recorder.of("fprop")
+    assert (call["rng"], call["p"], call["drop_act"]) == (case.rng.data_ptr(), 0.5, drop_at == "output_act")
+    case.problem = case.problem._replace(p=0.0, drop_at="none")
+    plain_y, _, plain_act = RUN["fprop"](case)
+    times = 2 * wrn_fast.random.keep_mask(y.shape, case.rng, 0.5).to(y.dtype)
+    assert plain_act.any() and torch.equal(y_act, plain_act * times)
+    assert torch.equal(y, plain_y * times if drop_at == "output" else plain_y)
+    assert parity.error(stats, oracle.moments(y.double())) <= parity.one_seed_bound(
+        parity.UNIT[torch.float32], torch.float32
+    )
 
 
 @pytest.mark.parametrize("prologue", [False, True])
@@ -278,7 +317,19 @@ def no_memory(monkeypatch):
     monkeypatch.setattr(passed, "_add", lambda file, name: None)
 
 
-@pytest.mark.parametrize("problem", [PLAIN, SOURCE, SOURCE._replace(stride=2)], ids=["plain", "act", "stride 2"])
+DROPS = PLAIN._replace(p=0.3, drop_at="output")
+
+
+def test_the_self_check_drops_where_the_call_does(recorder):
+    problem = DROPS._replace(device="cpu", C=32, K=48, N=2)
+    for op in CONVOLUTIONS:
+        assert cuda.wrong(op, problem, Tile(), torch.device("cpu")) is None
+    assert recorder.of("fprop")["rng"] and recorder.of("fprop")["p"] > 0
+
+
+@pytest.mark.parametrize(
+    "problem", [PLAIN, SOURCE, SOURCE._replace(stride=2), DROPS], ids=["plain", "act", "stride 2", "drop"]
+)
 @pytest.mark.parametrize("op", CONVOLUTIONS)
 def test_the_self_check_passes_right_kernels_and_no_others(recorder, no_memory, op, problem, monkeypatch):
     problem = problem._replace(device="cpu", C=32, K=48, N=2)
