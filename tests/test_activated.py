@@ -4,7 +4,7 @@ import pytest
 import torch
 from models import pair, shake
 
-from wrn_fast import activated, chain, dispatch, tuned
+from wrn_fast import activated, chain, dispatch, random, tuned
 from wrn_fast.backends import aten
 from wrn_fast.model import WideResNet
 from wrn_fast.parity import RATIO, UNIT, error
@@ -105,6 +105,21 @@ def test_masks_are_those_of_the_operators(block, moved, any_dtype, monkeypatch):
 
 
 @torch.no_grad()
+def test_dropout_before_batch_norm(any_dtype):
+    """The second output is made of the dropped first one, written or not."""
+    model, x = network()
+    steps = [
+        step._replace(problem=step.problem._replace(p=0.3, drop_at="output"), rng=random.draw(x.device))
+        if i % 2 == 0 else step
+        for i, step in enumerate(steps_of(model, x))
+    ]  # fmt: skip
+    planned = activated.plan(steps, ALWAYS)
+    assert all(step.second for step in planned[:-1])
+    with dispatch.backend("aten"):
+        assert error(activated.run(x, planned), activated.run(x, steps)) < 1e-14
+
+
+@torch.no_grad()
 def test_only_what_runs_is_asked_for(any_dtype, monkeypatch):
     """A backend proves a kernel when it is chosen, which costs seconds on a GPU: not for prologues that never run."""
     monkeypatch.setattr(activated, "by_time", ALWAYS)
@@ -117,15 +132,14 @@ def test_only_what_runs_is_asked_for(any_dtype, monkeypatch):
 
 
 def test_what_stays_a_prologue():
-    """float32, dropout before BatchNorm, another slope than the writer's own, a shortcut with another prologue."""
+    """float32, another mask or slope than the writer's own, a shortcut with another prologue."""
     model, x = network(torch.bfloat16, dropRate=0.3)
     steps = steps_of(model, x)
     single = [s._replace(problem=s.problem._replace(dtype=torch.float32)) for s in steps]
     assert activated.plan(single, ALWAYS) == single
     first, second = steps[:2]
     dropped = first._replace(problem=first.problem._replace(p=0.3, drop_at="output"))
-    last = second._replace(problem=second.problem._replace(p=0.0, drop_at="none"))
-    assert activated.plan([dropped, last], ALWAYS) == [dropped, last]
+    assert second.problem.p == 0.3 and activated.plan([dropped, second], ALWAYS) == [dropped, second]
     leaky = [s._replace(problem=s.problem._replace(act="leaky_relu", slope=slope, p=0.0, drop_at="none"))
              for s, slope in ((first, 0.1), (second, 0.2))]  # fmt: skip
     assert activated.plan(leaky, ALWAYS) == leaky

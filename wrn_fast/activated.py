@@ -68,15 +68,17 @@ def _readers(steps: Sequence[Step], i: int) -> tuple[int | None, list[int], bool
 def _may_write(writer: Step, reader: Step, shorts: Sequence[Step]) -> bool:
     """Can one second output of the writer stand in for all of these prologues?"""
     w, r = writer.problem, reader.problem
-    drops = r.p > 0
-    if w.dtype not in _HALVES or not r.prologue or (drops and (r.drop_at != "prologue" or w.p > 0 or shorts)):
-        return False
-    if w.p > 0 and w.drop_at == "output":
+    if w.dtype not in _HALVES or not r.prologue or (_drops(r) and (w.p > 0 or shorts)):
         return False
     # One slope a call: that of the second output must be that of what the writer applies itself.
     if r.act == "leaky_relu" and r.slope != w.slope and "leaky_relu" in (w.act, w.short_act):
         return False
     return all(_same_prologue(r, reader.norm, step) for step in shorts)
+
+
+def _drops(reader: ConvProblem) -> bool:
+    """Has its prologue a mask?"""
+    return reader.p > 0 and reader.drop_at == "prologue"
 
 
 def _same_prologue(reader: ConvProblem, norm: Norm, step: Step) -> bool:
@@ -93,13 +95,13 @@ def _writing(writer: ConvProblem, reader: ConvProblem, raw: bool) -> ConvProblem
     p = writer._replace(act_out=reader.act, want_y=raw)
     if reader.act == "leaky_relu":
         p = p._replace(slope=reader.slope)
-    return p._replace(p=reader.p, drop_at="output_act") if reader.p > 0 else p
+    return p._replace(p=reader.p, drop_at="output_act") if _drops(reader) else p
 
 
 @lru_cache(maxsize=1024)
 def _reading(reader: ConvProblem) -> ConvProblem:
     p = reader._replace(prologue=False, affine=False, act="identity", eps=0.0)
-    return p._replace(p=0.0, drop_at="none") if p.drop_at == "prologue" else p
+    return p._replace(p=0.0, drop_at="none") if _drops(p) else p
 
 
 @lru_cache(maxsize=1024)
