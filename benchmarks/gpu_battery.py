@@ -1,6 +1,7 @@
 """Everything that needs a GPU, in stages of under nine minutes, the most telling first.
 
     python -m benchmarks.gpu_battery --stage all           every stage in turn; --stage chip one of them
+    python -m benchmarks.gpu_battery --stage all --within 540       what fits in nine minutes; again: what comes next
     python -m benchmarks.gpu_battery --list                stages and steps, with the seconds that they may take
     python -m benchmarks.gpu_battery --stage all --dry-run small, on the CPU, to prove the script itself
 
@@ -25,6 +26,7 @@ that was missed is no failure.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -60,6 +62,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--limit", type=float, default=STAGE_S, metavar="S", help="seconds a stage; default: %(default)s"
+    )
+    parser.add_argument(
+        "--within", type=float, default=math.inf, metavar="S", help="seconds for all stages together; default: no limit"
     )
     args = parser.parse_args(arguments)
     if args.stage is None and not args.list:
@@ -119,6 +124,7 @@ class Report:
         from wrn_fast import cache
 
         self.path = path
+        self.begun = False  # has a step that counts begun in this run?
         self.data: dict[str, Any] = {"format": FORMAT, "head": about, "stages": {}}
         found = cache.read(path)
         if isinstance(found, dict) and found.get("format") == FORMAT and isinstance(found.get("stages"), dict):
@@ -162,11 +168,10 @@ def attempt(step: Step, seconds: float) -> Result:
         return result(FAILED, f"{type(error).__name__}: {text[0]}")
 
 
-def run_stage(stage: str, report: Report, args: argparse.Namespace, console: Console) -> tuple[int, int]:
-    """(failed steps, steps left)."""
-    begin = time.monotonic()
+def run_stage(stage: str, report: Report, args: argparse.Namespace, console: Console, until: float) -> tuple[int, int]:
+    """(failed steps, steps left); nothing begins after `until` on the monotonic clock."""
+    until = min(until, time.monotonic() + args.limit)
     failed = left = 0
-    begun = False
     steps = steps_of(stage, args.dry_run)
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -176,12 +181,12 @@ def run_stage(stage: str, report: Report, args: argparse.Namespace, console: Con
             found = None if args.again else report.result(stage, name)
             if found is None or found["status"] != OK or step.always:
                 started = time.monotonic()
-                remaining = args.limit - (started - begin)
-                # The first one runs in any case, or it would wait for ever.
-                if remaining <= 0 or (begun and step.seconds > remaining):
+                remaining = until - started
+                # The first one of a run begins in any case, or it would wait for ever.
+                if remaining <= 0 or (report.begun and step.seconds > remaining):
                     left += 1
                     continue
-                begun = begun or not step.always
+                report.begun = report.begun or not step.always
                 found = attempt(step, remaining)
                 report.add(stage, name, {**found, "seconds": round(time.monotonic() - started, 1)})
             failed += found["status"] == FAILED
@@ -228,8 +233,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     where = args.json or machine.ROOT / "benchmarks" / "results" / f"battery-{machine.slug('cuda')}.json"
     report = Report(where, head(args.dry_run))
     failed = left = 0
+    until = time.monotonic() + args.within
     for stage in STAGES if args.stage == "all" else (args.stage,):
-        counts = run_stage(stage, report, args, console)
+        counts = run_stage(stage, report, args, console, until)
         failed, left = failed + counts[0], left + counts[1]
     console.print(table(report))
     console.print(goals(report))

@@ -88,6 +88,17 @@ def test_the_log_goes_on_where_the_report_begins_anew(stage):
     assert "first / with a bar" in rows[0] and rows[1].startswith("| today | abc | chip | a | ok |")
 
 
+def test_all_stages_together_may_have_a_limit(stage, monkeypatch):
+    """The clock moves by 50 s whenever it is looked at."""
+    clock = iter(range(0, 10**6, 50))
+    monkeypatch.setattr(gpu_battery.time, "monotonic", lambda: next(clock))
+    status, _ = stage({"a": Step(ok(), 90)}, "--stage", "all", "--within", "700")
+    done = len(json.loads(stage.path.read_text())["stages"])
+    assert status == 3 and 1 < done < len(gpu_battery.STAGES)
+    stage({"a": Step(ok(), 90)}, "--stage", "all", "--within", "700")
+    assert len(json.loads(stage.path.read_text())["stages"]) > done
+
+
 def test_what_a_fresh_machine_lacks_is_done_in_every_run(stage):
     done = []
 
@@ -227,8 +238,11 @@ def test_what_the_boxes_say():
 
 def test_a_writer_and_a_reader_are_added_up():
     us = {"store, t": 1.0, "residual, t": 2.0, "residual, second output, t": 2.5, "prologue, t": 1.25,
-          "pass and store, t": 3.0}  # fmt: skip
-    assert hopper.activations(us, "t") == {"prologue": 3.25, "second output": 3.5, "pass of its own": 5.0}
+          "pass and store, t": 3.0, "second output alone, t": 0.75}  # fmt: skip
+    assert hopper.activations(us, "t") == {
+        "prologue": 3.25, "second output": 3.5, "pass of its own": 5.0, "prologue inside": 2.25,
+        "second output inside": 1.75, "pass of its own inside": 4.0,
+    }  # fmt: skip
     assert hopper.activations(us, "another tile") == {}
 
 

@@ -155,7 +155,8 @@ def latency(network: Network, n: int, device: str, seconds: float) -> Result:
             found[f"{name}, call"] = _call_us(partial(fast, x), device)
     text = ", ".join(f"{name} {us:.1f}" for name, us in found.items())
     goals = [Goal("us a call", LATENCY_US, found["cuda, call"], at_most=True)] if n == 1 else []
-    return result(OK, f"us: {text}; {LATENCY[n]}", goals, us=found)
+    speed = 1e6 * n / found["cuda, call"]
+    return result(OK, f"us: {text}; {LATENCY[n]}; {speed:,.0f} img/s", goals, us=found)
 
 
 def _call_us(call: Callable[[], Any], device: str) -> float:
