@@ -9,10 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import battery, gpu_battery
 from benchmarks.battery import Goal, Step, hopper, layers, parity, rates, replaced, stress, targets
 from benchmarks.cases import Case
+from wrn_fast.backends import cuda
+from wrn_fast.kernels import cuda_launch
 
 ROOT = Path(__file__).parents[1]
 HEAD = {"gpu": "GPU", "cpu": "CPU", "versions": "1", "commit": "abc", "date": "today", "dry run": "True"}
@@ -188,6 +192,52 @@ def test_predictions_are_the_plans(layer):
             assert math.isclose(problem.flops / rates.predicted(op, layer, problem, H100), rate)
 
 
+@pytest.mark.parametrize("op, layer, n", layers.rows(), ids=str)
+def test_yardsticks_have_the_shape_and_work_of_the_layer(op, layer, n):
+    """On meta tensors, of every layer that is measured."""
+    p = rates.problem_of(layer, n, "meta")
+    call = rates.library(op, p)
+    with FlopCounterMode(display=False) as counter:
+        got = call()
+    shape = {"fprop": (p.N, p.K, p.P, p.Q), "dgrad": (p.N, p.C, p.H, p.W), "wgrad": (p.K, p.C, p.R, p.S)}[op]
+    outputs = [v for v in (got if isinstance(got, tuple) else (got,)) if isinstance(v, torch.Tensor)]
+    assert outputs and all(tuple(v.shape) == shape for v in outputs)
+    assert counter.get_total_flops() == p.flops
+    with FlopCounterMode(display=False) as counter:
+        rates.product(op, p)()
+    assert counter.get_total_flops() == p.flops
+
+
+@pytest.fixture
+def hand_written():
+    """The cuda backend, with the extension for the CPU, whose plans are those of the GPU."""
+    from backends import cuda_on_cpu
+
+    with replaced.extension(cuda_on_cpu.build()):
+        yield cuda
+
+
+def test_the_hand_written_kernels_serve_every_layer_that_is_measured(hand_written):
+    for op, layer, n in layers.rows():
+        plain = rates.problem_of(layer, n, "cpu")
+        for parts in ({}, *layers.variants(op, layer).values()):
+            assert hand_written.refused(op, plain._replace(**parts)) is None, (op, layer, parts)
+    for layer in layers.REGULAR:
+        for parts in hopper.PARTS.values():
+            problem = rates.problem_of(layer, 128, "cpu", **parts)
+            assert all(hand_written.legal("fprop", problem, tile) for tile in hopper.TILES.values())
+
+
+def test_the_stress_is_of_sums_that_are_split(hand_written):
+    pieces = [
+        hand_written.extension().splits(
+            cuda_launch.shape_of(hand_written.extension(), problem), problem.short_C, op == "dgrad", H100, False
+        )
+        for op, problem in stress.cases(torch.bfloat16, "cuda")
+    ]
+    assert len(pieces) > 30 and min(sorted(pieces)[len(pieces) // 4 :]) > 1 and max(pieces) >= 16
+
+
 def test_the_prediction_of_a_layer_with_much_output_is_bound_by_memory():
     layer = layers.SHORTCUTS[0]
     problem = rates.problem_of(layer, 512, "cuda")
@@ -267,8 +317,6 @@ def test_another_extension_changes_what_it_says_and_nothing_else():
 
 def test_stale_sums_of_another_input_would_be_seen():
     """The stress step compares bits; its inputs must give different bits, or a stale sum would pass."""
-    import torch
-
     op, problem = next(iter(stress.cases(torch.float16, "cpu")))
     outputs = [exact for _, exact in stress.calls(op, problem)]
     assert all(not torch.equal(a, b) for a, b in zip(outputs, outputs[1:] + outputs[:1], strict=True))
@@ -284,8 +332,6 @@ def broken(monkeypatch, outputs):
 @pytest.mark.parametrize("wrong, status", [((), "ok"), ((0,), "failed"), ((5,), "failed"), (range(99), "failed")])
 def test_one_wrong_sum_in_many_is_found(monkeypatch, wrong, status):
     """The first calls are the unsplit ones, which the library's convolution is compared with."""
-    import torch
-
     broken(monkeypatch, lambda i, y: y + 1 if i in wrong else y)
     found = replaced.on_the_cpu(lambda s: stress.split_reductions(torch.float16, "cpu", s), 60)
     assert found["status"] in (status, "not run")

@@ -47,20 +47,24 @@ SOURCE: dict[str, Any] = {"prologue": True, "affine": True, "act": "relu", "eps"
 
 
 def steps(dry: bool) -> Steps:
-    """By name, the layers with a goal first."""
+    """By name."""
     if dry:
         small = Layer(16, 16, 8, short_C=16)
         found = {f"{op} {small} batch 1": partial(row, op, small, 1, "cpu") for op in ("fprop", "dgrad", "wgrad")}
         found["passes"] = partial(bandwidth, "cpu")
         return {name: Step(partial(on_the_cpu, run), 5) for name, run in found.items()}
-    rows = [(op, layer, LEAST) for layer in REGULAR for op in ("fprop", "dgrad", "wgrad")]
-    rows += [("fprop", layer, INFERENCE) for layer in REGULAR]
-    rows += [(op, layer, TRAINING) for layer in REGULAR for op in ("dgrad", "wgrad", "fprop")]
-    rows += [("fprop", layer, INFERENCE) for layer in (*WITH_SHORTCUT, *WIDENING, STEM)]
-    rows += [(op, layer, TRAINING) for layer in (*WIDENING, *SHORTCUTS) for op in ("dgrad", "wgrad")]
-    rows += [("wgrad", STEM, TRAINING), *(("fprop", layer, 1) for layer in REGULAR)]
-    found_rows = {f"{op} {layer} batch {n}": Step(partial(row, op, layer, n, "cuda"), 10) for op, layer, n in rows}
+    found_rows = {f"{op} {layer} batch {n}": Step(partial(row, op, layer, n, "cuda"), 10) for op, layer, n in rows()}
     return {"extensions": extensions(), **found_rows, "passes": Step(partial(bandwidth, "cuda"), 15)}
+
+
+def rows() -> list[tuple[str, Layer, int]]:
+    """(op, layer, batch), the layers with a goal first."""
+    found = [(op, layer, LEAST) for layer in REGULAR for op in ("fprop", "dgrad", "wgrad")]
+    found += [("fprop", layer, INFERENCE) for layer in REGULAR]
+    found += [(op, layer, TRAINING) for layer in REGULAR for op in ("dgrad", "wgrad", "fprop")]
+    found += [("fprop", layer, INFERENCE) for layer in (*WITH_SHORTCUT, *WIDENING, STEM)]
+    found += [(op, layer, TRAINING) for layer in (*WIDENING, *SHORTCUTS) for op in ("dgrad", "wgrad")]
+    return [*found, ("wgrad", STEM, TRAINING), *(("fprop", layer, 1) for layer in REGULAR)]
 
 
 def variants(op: str, layer: Layer) -> dict[str, dict[str, Any]]:

@@ -133,7 +133,7 @@ def product(op: str, problem: ConvProblem) -> Call:
     p = problem
     taps, outputs = p.R * p.S, p.N * p.P * p.Q
     m, n, k = {
-        "fprop": (outputs, p.K, taps * p.C),
+        "fprop": (outputs, p.K, taps * p.C + p.short_C),
         "dgrad": (p.N * p.H * p.W, p.C, taps * p.K // p.stride**2),
         "wgrad": (p.K, taps * p.C, outputs),
     }[op]
