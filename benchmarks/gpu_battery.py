@@ -26,6 +26,7 @@ that was missed is no failure.
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import os
 import sys
@@ -168,6 +169,14 @@ def attempt(step: Step, seconds: float) -> Result:
         return result(FAILED, f"{type(error).__name__}: {text[0]}")
 
 
+def release() -> None:
+    """Gives the device's memory back, which steps that are processes of their own need."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def run_stage(stage: str, report: Report, args: argparse.Namespace, console: Console, until: float) -> tuple[int, int]:
     """(failed steps, steps left); nothing begins after `until` on the monotonic clock."""
     until = min(until, time.monotonic() + args.limit)
@@ -188,6 +197,7 @@ def run_stage(stage: str, report: Report, args: argparse.Namespace, console: Con
                     continue
                 report.begun = report.begun or not step.always
                 found = attempt(step, remaining)
+                release()
                 report.add(stage, name, {**found, "seconds": round(time.monotonic() - started, 1)})
             failed += found["status"] == FAILED
             progress.advance(bar)

@@ -71,6 +71,7 @@ def measure(
     """One case, every variant within its bound or refused, images a second; a training step with its optimizer."""
     if device == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.benchmark = True
     peers = [peer for peer in PEERS if peer.name in (FAST, *rivals)]
     rate, budget = timing.matmul_rate(DTYPES[case.dtype], device), min(20.0, seconds / 4)
     with wrn_fast.backend(backends):
