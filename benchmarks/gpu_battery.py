@@ -16,9 +16,10 @@
     bench-wide, bench-narrow  more networks and batches against the same rivals
 
 Each step's result is written as soon as it is there, so a run that was cut short goes on where it stopped; what failed
-or could not run is run again. A step that would not end within the limit waits for the next run. The report is one JSON
-file with GPU, driver and versions, prediction beside measurement, and each goal with whether it was met; a table; and a
-log in Markdown beside the JSON file, which keeps what was measured with earlier code.
+or could not run is run again. A step that would not end within the limit waits for the next run. A step that hangs or
+leaves the GPU's context broken has failed for good; a new process goes on with the others. The report is one JSON file
+with GPU, driver and versions, prediction beside measurement, and each goal with whether it was met; a table; and a log
+in Markdown beside the JSON file, which keeps what was measured with earlier code.
 Exit status: 0 if every step that ran is well, 1 if one failed, 3 if the time limit left steps for another run. A goal
 that was missed is no failure.
 """
@@ -30,6 +31,7 @@ import gc
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -46,6 +48,7 @@ STAGES = (
     "models-triton", "sanitize-triton", "tune-wide", "tune-narrow", "bench-wide", "bench-narrow",
 )  # fmt: skip
 STAGE_S = 9 * 60
+PATIENCE_S = 60.0  # with a step that is expected to take little
 FORMAT = 2
 # Of the head: a report of other code, GPU or versions is not gone on with.
 SAME = ("gpu", "versions", "commit", "dry run")
@@ -169,17 +172,46 @@ def attempt(step: Step, seconds: float) -> Result:
         return result(FAILED, f"{type(error).__name__}: {text[0]}")
 
 
-def release() -> None:
-    """Gives the device's memory back, which steps that are processes of their own need."""
+def _wanted(found: Result | None, step: Step) -> bool:
+    """Is the step to run? What ended its process would end the next one."""
+    if found is None or step.always:
+        return True
+    return found["status"] != OK and not found.get("fatal")
+
+
+def restart(report: Report, args: argparse.Namespace, last: float) -> None:
+    """A new process in the place of this one goes on."""
+    left = max(0.0, last - time.monotonic())
+    words = ["--stage", args.stage, "--json", str(report.path), "--limit", str(args.limit), "--within", str(left)]
+    sys.stdout.flush()
+    dry = ["--dry-run"] if args.dry_run else []
+    os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu_battery", *words, *dry])
+
+
+def give_up(report: Report, stage: str, name: str, patience: float, args: argparse.Namespace, last: float) -> None:
+    """In a thread of its own, where a step hangs: a kernel on a GPU cannot be stopped but with its process."""
+    found = result(FAILED, f"a hang: not finished after {patience:.0f} s, tried again with --again only", fatal=True)
+    report.add(stage, name, {**found, "seconds": round(patience, 1)})
+    restart(report, args, last)
+
+
+def usable() -> bool:
+    """Gives the device's memory back, which steps that are processes of their own need; False after a fatal error."""
     import torch
 
     gc.collect()
-    torch.cuda.empty_cache()
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
 
 
-def run_stage(stage: str, report: Report, args: argparse.Namespace, console: Console, until: float) -> tuple[int, int]:
-    """(failed steps, steps left); nothing begins after `until` on the monotonic clock."""
-    until = min(until, time.monotonic() + args.limit)
+def run_stage(stage: str, report: Report, args: argparse.Namespace, console: Console, last: float) -> tuple[int, int]:
+    """(failed steps, steps left); nothing begins after `last` on the monotonic clock."""
+    until = min(last, time.monotonic() + args.limit)
     failed = left = 0
     steps = steps_of(stage, args.dry_run)
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
@@ -188,7 +220,7 @@ def run_stage(stage: str, report: Report, args: argparse.Namespace, console: Con
         for name, step in steps.items():
             progress.update(bar, description=f"{stage}: {name}")
             found = None if args.again else report.result(stage, name)
-            if found is None or found["status"] != OK or step.always:
+            if _wanted(found, step):
                 started = time.monotonic()
                 remaining = until - started
                 # The first one of a run begins in any case, or it would wait for ever.
@@ -196,9 +228,23 @@ def run_stage(stage: str, report: Report, args: argparse.Namespace, console: Con
                     left += 1
                     continue
                 report.begun = report.begun or not step.always
-                found = attempt(step, remaining)
-                release()
-                report.add(stage, name, {**found, "seconds": round(time.monotonic() - started, 1)})
+                patience = max(PATIENCE_S, 3 * step.seconds)
+                guard = threading.Timer(patience, give_up, (report, stage, name, patience, args, last))
+                guard.daemon = True
+                guard.start()
+                # What ends by itself in time ends before the guard.
+                found = attempt(step, min(remaining, 0.9 * patience))
+                broken = not usable()
+                guard.cancel()
+                found = {
+                    **found,
+                    "seconds": round(time.monotonic() - started, 1),
+                    **({"fatal": True} if broken else {}),
+                }
+                report.add(stage, name, found)
+                if broken:
+                    restart(report, args, last)
+            assert found is not None
             failed += found["status"] == FAILED
             progress.advance(bar)
     return failed, left

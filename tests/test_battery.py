@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -97,12 +98,59 @@ def test_all_stages_together_may_have_a_limit(stage, monkeypatch):
     assert len(json.loads(stage.path.read_text())["stages"]) > done
 
 
-def test_memory_is_given_back_after_each_step(stage, monkeypatch):
-    """Or what the next step runs in a process of its own would find none."""
-    done = []
-    monkeypatch.setattr(gpu_battery, "release", lambda: done.append("released"))
-    stage({"a": lambda seconds: done.append("a") or ok()(seconds), "b": never, "c": ok()})
-    assert done == ["a", "released", "released", "released"]
+class Restarted(Exception):
+    """In the place of a new process."""
+
+
+@pytest.fixture
+def restarts(monkeypatch):
+    """The words of each new process."""
+    found = []
+
+    def execv(program, words):
+        assert program == words[0] == sys.executable and words[1:3] == ["-m", "benchmarks.gpu_battery"]
+        found.append(gpu_battery.parse(words[3:]))
+        raise Restarted
+
+    monkeypatch.setattr(gpu_battery.os, "execv", execv)
+    return found
+
+
+def test_after_a_fatal_error_a_new_process_goes_on_behind_the_step(stage, monkeypatch, restarts):
+    states = iter([True, False])
+    monkeypatch.setattr(gpu_battery, "usable", lambda: next(states))
+    with pytest.raises(Restarted):
+        stage({"a": ok(), "b": lambda seconds: battery.result("failed", "illegal address"), "c": never},
+              "--within", "500", "--again")  # fmt: skip
+    (words,) = restarts
+    assert (words.stage, words.json, words.dry_run, words.again) == ("chip", stage.path, True, False)
+    assert 400 < words.within <= 500
+    monkeypatch.setattr(gpu_battery, "usable", lambda: True)
+    status, found = stage({"a": never, "b": never, "c": ok()})
+    assert status == 1 and found["b"]["text"] == "illegal address" and found["c"]["status"] == "ok"
+    assert stage({"a": ok(), "b": ok(), "c": ok()}, "--again")[0] == 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_step_that_hangs_has_failed(stage, monkeypatch, restarts):
+    monkeypatch.setattr(gpu_battery, "PATIENCE_S", 0.1)
+    texts = []
+
+    def hang(seconds):
+        deadline = time.monotonic() + 30
+        while not restarts and time.monotonic() < deadline:
+            time.sleep(0.01)
+        texts.append(json.loads(stage.path.read_text())["stages"]["chip"]["a"])
+        return battery.result("ok", "")
+
+    stage({"a": Step(hang, 0.01)})
+    assert len(restarts) == 1 and texts[0]["status"] == "failed" and texts[0]["fatal"]
+    assert "a hang: not finished after" in texts[0]["text"]
+
+
+def test_a_step_may_take_less_than_what_is_called_a_hang(stage):
+    stage({"a": Step(lambda seconds: battery.result("ok", str(seconds)), 1)})
+    assert float(json.loads(stage.path.read_text())["stages"]["chip"]["a"]["text"]) < gpu_battery.PATIENCE_S
 
 
 def test_what_a_fresh_machine_lacks_is_done_in_every_run(stage):
@@ -129,6 +177,9 @@ def test_a_process_that_fails_or_hangs_is_a_failure():
     assert battery.python(["-c", "print('well')"], 60)["status"] == "ok"
     assert battery.python(["-c", "import sys; sys.exit('bad')"], 60)["text"] == "bad"
     assert "not finished" in battery.python(["-c", "import time; time.sleep(60)"], 1)["text"]
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    begin = time.monotonic()
+    assert "not finished" in battery.python(["-c", child], 1)["text"] and time.monotonic() - begin < 30
 
 
 # Goals.
