@@ -285,6 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("gpu_battery: torch sees no CUDA GPU; --dry-run runs on the CPU", file=sys.stderr)
         return 2
     from benchmarks import machine
+    from benchmarks.battery.layers import totals
 
     where = args.json or machine.ROOT / "benchmarks" / "results" / f"battery-{machine.slug('cuda')}.json"
     report = Report(where, head(args.dry_run))
@@ -294,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         counts = run_stage(stage, report, args, console, until)
         failed, left = failed + counts[0], left + counts[1]
     console.print(table(report))
-    console.print(goals(report))
+    console.print("\n".join([*totals(report.data["stages"].get("layers", {})), goals(report)]))
     if left:
         console.print(f"{left} steps are left: run the same command again")
     return 1 if failed else 3 if left else 0

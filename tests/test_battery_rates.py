@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.battery import hopper, layers, rates, replaced, stress, targets
 from benchmarks.cases import Case
+from wrn_fast import reference
 from wrn_fast.backends import cuda
 from wrn_fast.kernels import cuda_launch
 
@@ -42,6 +43,33 @@ def test_the_targets_are_those_that_were_set():
     assert set_ == {("inference", 512, "bf16"): (50_000, 1.6), ("training_step", 256, "bf16"): (14_000, 1.4)}
     assert targets.LATENCY_US == 170 and (layers.OF_PRODUCT, layers.OF_LIBRARY) == (0.75, 1.2)
     assert all(isinstance(case, Case) and str(case.subject) == "WRN-28-10" for case in targets.TARGETS)
+
+
+def test_layers_add_up_to_a_pass_of_the_network():
+    """28 convolutions and the 3 shortcuts, which is what the network has: FLOPs in the place of times."""
+    found = {}
+    for op, layer, n in layers.rows():
+        flops = rates.problem_of(layer, n, "cuda").flops
+        us = dict.fromkeys(("cuda inference", "cuda training"), flops / 1e6)
+        found[f"{op} {layer} batch {n}"] = {"us": us, "predicted_us": 2 * flops / 1e6}
+    model = reference.WideResNet(28, 10, 10, 0.0, head="classic").to("meta").eval()
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, 32, 32, device="meta"))
+    head, stem = 2 * 640 * 10, rates.problem_of(layers.STEM, 1, "cuda").flops
+    convolutions = counter.get_total_flops() - head
+    sums = {"inference, batch 512": 512 * convolutions, "dgrad, batch 256": 256 * (convolutions - stem),
+            "wgrad, batch 256": 256 * convolutions}  # fmt: skip
+    assert layers.totals(found) == [
+        f"convolutions of {name}: {flops / 1e9:.2f} ms, predicted {2 * flops / 1e9:.2f} ms"
+        for name, flops in sums.items()
+    ]
+    del found[f"dgrad {layers.SHORTCUTS[0]} batch 256"]
+    assert [line.split(",")[0] for line in layers.totals(found)] == [
+        "convolutions of inference",
+        "convolutions of wgrad",
+    ]
+    found[f"fprop {layers.REGULAR[0]} batch 512"]["us"] = {"triton inference": 1.0}
+    assert len(layers.totals(found)) == 1
 
 
 # The plan's table for the 3x3 convolutions at stride 1, microseconds at batch 128, 256 and 512.

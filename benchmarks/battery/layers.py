@@ -7,6 +7,7 @@ library's convolution alone for all 3x3 at stride 1, both from batch 128 on.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -94,7 +95,9 @@ def row(op: str, layer: Layer, n: int, device: str, seconds: float) -> Result:
         "library": (library(op, plain), plain.flops),
     }
     missing = {}
-    chosen = {"plain": plain, **{use: plain._replace(**parts) for use, parts in variants(op, layer).items()}}
+    chosen = {use: plain._replace(**parts) for use, parts in variants(op, layer).items()}
+    if layer.regular or not chosen:
+        chosen["plain"] = plain
     for name, module in (("cuda", cuda), ("triton", triton)):
         for use, problem in chosen.items():
             reason = module.unsupported(op, problem)
@@ -130,6 +133,36 @@ def goals_of(layer: Layer, n: int, times: dict[str, float], rates: dict[str, flo
         if layer.taps == 3 and layer.stride == 1:
             found.append(Goal(f"{name}, times the library's convolution", OF_LIBRARY, times["library"] / times[name]))
     return found
+
+
+def totals(found: Mapping[str, Result]) -> list[str]:
+    """What the measured layers add up to in one pass of WRN-28-10, beside what was predicted; of complete sums only.
+
+    Args:
+        found: the results of this stage by step.
+    """
+    forth = [*((6, layer) for layer in REGULAR), *((1, layer) for layer in (*WITH_SHORTCUT, *WIDENING, STEM))]
+    back = [*((7, layer) for layer in REGULAR), *((1, layer) for layer in (*WIDENING, *SHORTCUTS))]
+    sums = {
+        f"inference, batch {INFERENCE}": ("fprop", INFERENCE, "cuda inference", forth),
+        f"dgrad, batch {TRAINING}": ("dgrad", TRAINING, "cuda training", back),
+        f"wgrad, batch {TRAINING}": ("wgrad", TRAINING, "cuda training", [*back, (1, STEM)]),
+    }
+    lines = []
+    for name, (op, n, road, parts) in sums.items():
+        steps_of = [(count, found.get(f"{op} {layer} batch {n}", {}), layer) for count, layer in parts]
+        times = [(count, _of_road(step, road, layer), step.get("predicted_us")) for count, step, layer in steps_of]
+        known = [(count, us, expected) for count, us, expected in times if us is not None and expected is not None]
+        if len(known) == len(parts):
+            measured, planned = (sum(line[0] * line[i] for line in known) / 1e3 for i in (1, 2))
+            lines.append(f"convolutions of {name}: {measured:.2f} ms, predicted {planned:.2f} ms")
+    return lines
+
+
+def _of_road(found: Result, road: str, layer: Layer) -> float | None:
+    """Microseconds; the stem, which has less to fuse, by what it has."""
+    us = found.get("us", {})
+    return us.get(road, next((us[name] for name in us if name.startswith("cuda ")), None) if layer == STEM else None)
 
 
 def bandwidth(device: str, seconds: float) -> Result:
