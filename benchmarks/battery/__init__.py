@@ -56,6 +56,12 @@ def result(status: str, text: str, goals: Sequence[Goal] = (), **figures: Any) -
     return {"status": status, "text": "; ".join([text, *map(str, goals)]), "goals": stated, **figures}
 
 
+def tests_on_path() -> None:
+    """Lets this process import what stands in tests/."""
+    if str(ROOT / "tests") not in sys.path:
+        sys.path.insert(0, str(ROOT / "tests"))
+
+
 def python(words: Sequence[str], seconds: float, before: Sequence[str] = (), **environment: str) -> Result:
     """Run a Python command of the repository in a process of its own; its last line is the text."""
     command = [*before, sys.executable, *words]
