@@ -103,8 +103,7 @@ def graphs(network: tuple[int, int], dtype: torch.dtype, backend: str, device: s
     with wrn_fast.backend(backend):
         for n in GRAPH_BATCHES if device == "cuda" else GRAPH_BATCHES[:1]:
             wrong += [f"batch {n}: {found}" for found in in_eval(drawn(Network(*network), dtype, device), n, device)]
-        if device == "cuda":
-            wrong += in_training(drawn(Network(*network), dtype, device), device)
+        wrong += in_training(drawn(Network(*network), dtype, device), device)
     return result(FAILED if wrong else OK, "; ".join(wrong) or "every replay equals the model", wrong=wrong)
 
 
