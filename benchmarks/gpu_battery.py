@@ -1,6 +1,7 @@
 """Everything that needs a GPU, in stages of under nine minutes, the most telling first.
 
     python -m benchmarks.gpu_battery --stage all           every stage in turn; --stage chip one of them
+    python -m benchmarks.gpu_battery --stage all --within 540       what fits in nine minutes; again: what comes next
     python -m benchmarks.gpu_battery --list                stages and steps, with the seconds that they may take
     python -m benchmarks.gpu_battery --stage all --dry-run small, on the CPU, to prove the script itself
 
@@ -15,9 +16,10 @@
     bench-wide, bench-narrow  more networks and batches against the same rivals
 
 Each step's result is written as soon as it is there, so a run that was cut short goes on where it stopped; what failed
-or could not run is run again. A step that would not end within the limit waits for the next run. The report is one JSON
-file with GPU, driver and versions, prediction beside measurement, and each goal with whether it was met; a table; and a
-log in Markdown beside the JSON file, which keeps what was measured with earlier code.
+or could not run is run again. A step that would not end within the limit waits for the next run. A step that hangs or
+leaves the GPU's context broken has failed for good; a new process goes on with the others. The report is one JSON file
+with GPU, driver and versions, prediction beside measurement, and each goal with whether it was met; a table; and a log
+in Markdown beside the JSON file, which keeps what was measured with earlier code.
 Exit status: 0 if every step that ran is well, 1 if one failed, 3 if the time limit left steps for another run. A goal
 that was missed is no failure.
 """
@@ -25,8 +27,11 @@ that was missed is no failure.
 from __future__ import annotations
 
 import argparse
+import gc
+import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,6 +48,7 @@ STAGES = (
     "models-triton", "sanitize-triton", "tune-wide", "tune-narrow", "bench-wide", "bench-narrow",
 )  # fmt: skip
 STAGE_S = 9 * 60
+PATIENCE_S = 60.0  # with a step that is expected to take little
 FORMAT = 2
 # Of the head: a report of other code, GPU or versions is not gone on with.
 SAME = ("gpu", "versions", "commit", "dry run")
@@ -60,6 +66,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--limit", type=float, default=STAGE_S, metavar="S", help="seconds a stage; default: %(default)s"
+    )
+    parser.add_argument(
+        "--within", type=float, default=math.inf, metavar="S", help="seconds for all stages together; default: no limit"
     )
     args = parser.parse_args(arguments)
     if args.stage is None and not args.list:
@@ -119,6 +128,7 @@ class Report:
         from wrn_fast import cache
 
         self.path = path
+        self.begun = False  # has a step that counts begun in this run?
         self.data: dict[str, Any] = {"format": FORMAT, "head": about, "stages": {}}
         found = cache.read(path)
         if isinstance(found, dict) and found.get("format") == FORMAT and isinstance(found.get("stages"), dict):
@@ -162,11 +172,47 @@ def attempt(step: Step, seconds: float) -> Result:
         return result(FAILED, f"{type(error).__name__}: {text[0]}")
 
 
-def run_stage(stage: str, report: Report, args: argparse.Namespace, console: Console) -> tuple[int, int]:
-    """(failed steps, steps left)."""
-    begin = time.monotonic()
+def _wanted(found: Result | None, step: Step) -> bool:
+    """Is the step to run? What ended its process would end the next one."""
+    if found is None or step.always:
+        return True
+    return found["status"] != OK and not found.get("fatal")
+
+
+def restart(report: Report, args: argparse.Namespace, last: float) -> None:
+    """A new process in the place of this one goes on."""
+    left = max(0.0, last - time.monotonic())
+    words = ["--stage", args.stage, "--json", str(report.path), "--limit", str(args.limit), "--within", str(left)]
+    sys.stdout.flush()
+    dry = ["--dry-run"] if args.dry_run else []
+    os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu_battery", *words, *dry])
+
+
+def give_up(report: Report, stage: str, name: str, patience: float, args: argparse.Namespace, last: float) -> None:
+    """In a thread of its own, where a step hangs: a kernel on a GPU cannot be stopped but with its process."""
+    found = result(FAILED, f"a hang: not finished after {patience:.0f} s, tried again with --again only", fatal=True)
+    report.add(stage, name, {**found, "seconds": round(patience, 1)})
+    restart(report, args, last)
+
+
+def usable() -> bool:
+    """Gives the device's memory back, which steps that are processes of their own need; False after a fatal error."""
+    import torch
+
+    gc.collect()
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
+
+
+def run_stage(stage: str, report: Report, args: argparse.Namespace, console: Console, last: float) -> tuple[int, int]:
+    """(failed steps, steps left); nothing begins after `last` on the monotonic clock."""
+    until = min(last, time.monotonic() + args.limit)
     failed = left = 0
-    begun = False
     steps = steps_of(stage, args.dry_run)
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -174,16 +220,31 @@ def run_stage(stage: str, report: Report, args: argparse.Namespace, console: Con
         for name, step in steps.items():
             progress.update(bar, description=f"{stage}: {name}")
             found = None if args.again else report.result(stage, name)
-            if found is None or found["status"] != OK or step.always:
+            if _wanted(found, step):
                 started = time.monotonic()
-                remaining = args.limit - (started - begin)
-                # The first one runs in any case, or it would wait for ever.
-                if remaining <= 0 or (begun and step.seconds > remaining):
+                remaining = until - started
+                # The first one of a run begins in any case, or it would wait for ever.
+                if remaining <= 0 or (report.begun and step.seconds > remaining):
                     left += 1
                     continue
-                begun = begun or not step.always
-                found = attempt(step, remaining)
-                report.add(stage, name, {**found, "seconds": round(time.monotonic() - started, 1)})
+                report.begun = report.begun or not step.always
+                patience = max(PATIENCE_S, 3 * step.seconds)
+                guard = threading.Timer(patience, give_up, (report, stage, name, patience, args, last))
+                guard.daemon = True
+                guard.start()
+                # What ends by itself in time ends before the guard.
+                found = attempt(step, min(remaining, 0.9 * patience))
+                broken = not usable()
+                guard.cancel()
+                found = {
+                    **found,
+                    "seconds": round(time.monotonic() - started, 1),
+                    **({"fatal": True} if broken else {}),
+                }
+                report.add(stage, name, found)
+                if broken:
+                    restart(report, args, last)
+            assert found is not None
             failed += found["status"] == FAILED
             progress.advance(bar)
     return failed, left
@@ -224,15 +285,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("gpu_battery: torch sees no CUDA GPU; --dry-run runs on the CPU", file=sys.stderr)
         return 2
     from benchmarks import machine
+    from benchmarks.battery.layers import totals
 
     where = args.json or machine.ROOT / "benchmarks" / "results" / f"battery-{machine.slug('cuda')}.json"
     report = Report(where, head(args.dry_run))
     failed = left = 0
+    until = time.monotonic() + args.within
     for stage in STAGES if args.stage == "all" else (args.stage,):
-        counts = run_stage(stage, report, args, console)
+        counts = run_stage(stage, report, args, console, until)
         failed, left = failed + counts[0], left + counts[1]
     console.print(table(report))
-    console.print(goals(report))
+    console.print("\n".join([*totals(report.data["stages"].get("layers", {})), goals(report)]))
     if left:
         console.print(f"{left} steps are left: run the same command again")
     return 1 if failed else 3 if left else 0

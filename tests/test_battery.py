@@ -1,4 +1,4 @@
-"""The GPU battery: its store and time limit on steps of our own, its goals, every stage in a dry run on this CPU."""
+"""The GPU battery: its store, limits and goals on steps of our own, every stage in a dry run on this CPU."""
 
 import inspect
 import json
@@ -6,17 +6,16 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from benchmarks import battery, gpu_battery
-from benchmarks.battery import Goal, Step, hopper, layers, parity, rates, replaced, stress, targets
-from benchmarks.cases import Case
+from benchmarks.battery import Goal, Step, layers, parity
 
 ROOT = Path(__file__).parents[1]
 HEAD = {"gpu": "GPU", "cpu": "CPU", "versions": "1", "commit": "abc", "date": "today", "dry run": "True"}
-H100 = 132  # multiprocessors
 
 
 @pytest.fixture
@@ -88,6 +87,72 @@ def test_the_log_goes_on_where_the_report_begins_anew(stage):
     assert "first / with a bar" in rows[0] and rows[1].startswith("| today | abc | chip | a | ok |")
 
 
+def test_all_stages_together_may_have_a_limit(stage, monkeypatch):
+    """The clock moves by 50 s whenever it is looked at."""
+    clock = iter(range(0, 10**6, 50))
+    monkeypatch.setattr(gpu_battery.time, "monotonic", lambda: next(clock))
+    status, _ = stage({"a": Step(ok(), 90)}, "--stage", "all", "--within", "700")
+    done = len(json.loads(stage.path.read_text())["stages"])
+    assert status == 3 and 1 < done < len(gpu_battery.STAGES)
+    stage({"a": Step(ok(), 90)}, "--stage", "all", "--within", "700")
+    assert len(json.loads(stage.path.read_text())["stages"]) > done
+
+
+class Restarted(Exception):
+    """In the place of a new process."""
+
+
+@pytest.fixture
+def restarts(monkeypatch):
+    """The words of each new process."""
+    found = []
+
+    def execv(program, words):
+        assert program == words[0] == sys.executable and words[1:3] == ["-m", "benchmarks.gpu_battery"]
+        found.append(gpu_battery.parse(words[3:]))
+        raise Restarted
+
+    monkeypatch.setattr(gpu_battery.os, "execv", execv)
+    return found
+
+
+def test_after_a_fatal_error_a_new_process_goes_on_behind_the_step(stage, monkeypatch, restarts):
+    states = iter([True, False])
+    monkeypatch.setattr(gpu_battery, "usable", lambda: next(states))
+    with pytest.raises(Restarted):
+        stage({"a": ok(), "b": lambda seconds: battery.result("failed", "illegal address"), "c": never},
+              "--within", "500", "--again")  # fmt: skip
+    (words,) = restarts
+    assert (words.stage, words.json, words.dry_run, words.again) == ("chip", stage.path, True, False)
+    assert 400 < words.within <= 500
+    monkeypatch.setattr(gpu_battery, "usable", lambda: True)
+    status, found = stage({"a": never, "b": never, "c": ok()})
+    assert status == 1 and found["b"]["text"] == "illegal address" and found["c"]["status"] == "ok"
+    assert stage({"a": ok(), "b": ok(), "c": ok()}, "--again")[0] == 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_step_that_hangs_has_failed(stage, monkeypatch, restarts):
+    monkeypatch.setattr(gpu_battery, "PATIENCE_S", 0.1)
+    texts = []
+
+    def hang(seconds):
+        deadline = time.monotonic() + 30
+        while not restarts and time.monotonic() < deadline:
+            time.sleep(0.01)
+        texts.append(json.loads(stage.path.read_text())["stages"]["chip"]["a"])
+        return battery.result("ok", "")
+
+    stage({"a": Step(hang, 0.01)})
+    assert len(restarts) == 1 and texts[0]["status"] == "failed" and texts[0]["fatal"]
+    assert "a hang: not finished after" in texts[0]["text"]
+
+
+def test_a_step_may_take_less_than_what_is_called_a_hang(stage):
+    stage({"a": Step(lambda seconds: battery.result("ok", str(seconds)), 1)})
+    assert float(json.loads(stage.path.read_text())["stages"]["chip"]["a"]["text"]) < gpu_battery.PATIENCE_S
+
+
 def test_what_a_fresh_machine_lacks_is_done_in_every_run(stage):
     done = []
 
@@ -112,6 +177,9 @@ def test_a_process_that_fails_or_hangs_is_a_failure():
     assert battery.python(["-c", "print('well')"], 60)["status"] == "ok"
     assert battery.python(["-c", "import sys; sys.exit('bad')"], 60)["text"] == "bad"
     assert "not finished" in battery.python(["-c", "import time; time.sleep(60)"], 1)["text"]
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    begin = time.monotonic()
+    assert "not finished" in battery.python(["-c", child], 1)["text"] and time.monotonic() - begin < 30
 
 
 # Goals.
@@ -130,151 +198,6 @@ def test_a_missed_goal_is_stated_and_no_failure(stage, capsys):
     assert "fast: 3, goal >= 2, met" in found["a"]["text"] and "small: 5, goal <= 1, MISSED" in found["a"]["text"]
     out = capsys.readouterr().out
     assert "1 of 2 goals met" in out and "missed: a: small" in out
-
-
-def test_goals_of_a_layer_are_of_the_rate_and_the_time_of_its_fused_roads():
-    times = {"library": 1.3, "cuda plain": 0.5, "cuda training": 1.0, "triton training": 0.1}
-    rates_of = {"square product": 100.0, "cuda training": 74.0, "cuda plain": 99.0, "triton training": 999.0}
-    of_product, of_library = layers.goals_of(layers.REGULAR[0], 128, times, rates_of)
-    assert (of_product.got, of_product.want, of_product.met) == (0.74, 0.75, False)
-    assert (of_library.got, of_library.want, of_library.met) == (1.3, 1.2, True)
-    assert [goal.want for goal in layers.goals_of(layers.WIDENING[0], 128, times, rates_of)] == [1.2]
-    assert layers.goals_of(layers.WIDENING[1], 128, times, rates_of) == []
-    assert layers.goals_of(layers.SHORTCUTS[0], 128, times, rates_of) == []
-    assert layers.goals_of(layers.REGULAR[0], 127, times, rates_of) == []
-
-
-def test_images_a_second_count_the_optimizer_and_a_missing_rival_is_not_beaten():
-    variants = [{"name": "wrn_fast", "ms": 15.0}, {"name": targets.AUTOTUNED, "ms": 31.0}]
-    row = {"optimizer_ms": 1.0, "images": 256, "variants": variants}
-    speeds = targets.speeds_of(row)
-    assert speeds == {"wrn_fast": 16_000.0, targets.AUTOTUNED: 8_000.0}
-    target = targets.Target(14_000, 1.4, 15_000)
-    assert [(goal.got, goal.met) for goal in targets.goals_of(speeds, target)] == [(16_000.0, True), (2.0, True)]
-    assert [goal.met for goal in targets.goals_of({"wrn_fast": 20_000.0}, target)] == [True, False]
-    assert targets.speeds_of(row | {"optimizer_ms": None})["wrn_fast"] == 256 / 0.015
-
-
-def test_the_targets_are_those_that_were_set():
-    set_ = {(case.task, case.batch, case.dtype): target[:2] for case, target in targets.TARGETS.items()}
-    assert set_ == {("inference", 512, "bf16"): (50_000, 1.6), ("training_step", 256, "bf16"): (14_000, 1.4)}
-    assert targets.LATENCY_US == 170 and (layers.OF_PRODUCT, layers.OF_LIBRARY) == (0.75, 1.2)
-    assert all(isinstance(case, Case) and str(case.subject) == "WRN-28-10" for case in targets.TARGETS)
-
-
-# The plan's table for the 3x3 convolutions at stride 1, microseconds at batch 128, 256 and 512.
-PLANNED = {160: (87, 171, 340), 320: (83, 165, 328), 640: (82, 162, 321)}
-
-
-@pytest.mark.parametrize("layer", layers.REGULAR, ids=str)
-def test_predictions_are_the_plans(layer):
-    for n, us in zip((128, 256, 512), PLANNED[layer.C], strict=True):
-        problem = rates.problem_of(layer, n, "cuda")
-        assert round(1e6 * rates.predicted("fprop", layer, problem, H100)) == us
-        one = rates.problem_of(layer, 1, "cuda")
-        assert 4e-6 <= rates.predicted("fprop", layer, one, H100) <= 6e-6
-        for op, rate in (("dgrad", 560e12), ("wgrad", 500e12)):
-            assert math.isclose(problem.flops / rates.predicted(op, layer, problem, H100), rate)
-
-
-def test_the_prediction_of_a_layer_with_much_output_is_bound_by_memory():
-    layer = layers.SHORTCUTS[0]
-    problem = rates.problem_of(layer, 512, "cuda")
-    assert rates.predicted("fprop", layer, problem, H100) > problem.flops / rates.REST_FLOPS + rates.LAUNCH_S
-
-
-# Experiments.
-
-
-def test_a_product_is_slowed_by_fills_only_beyond_what_shared_memory_has():
-    clocks = [hopper.expected_clocks(fill) for fill in (0, 38, 60, 128)]
-    assert clocks[:2] == [80, 80] and 105 < clocks[2] < 106 and clocks[3] == math.inf
-
-
-@pytest.mark.parametrize("clk, verdict", [(81.0, "do not compete"), (104.0, "compete")])
-def test_what_the_supply_experiment_says(clk, verdict):
-    rows = [{"filled B/clk": 0.0, "clk per m64n160k16": 80.5}, {"filled B/clk": 60.0, "clk per m64n160k16": clk}]
-    found = hopper.told("supply", rows)
-    assert found["status"] == "ok" and found["text"].startswith(f"fills {verdict} with")
-    assert "predicted clk 105.4" in found["text"]
-
-
-def test_fills_that_never_came_tell_nothing():
-    rows = [{"filled B/clk": fill, "clk per m64n160k16": 80.5} for fill in (0.0, 30.0)]
-    assert "too slow to tell" in hopper.told("supply", rows)["text"]
-
-
-def test_a_layout_that_the_kernels_use_must_be_right():
-    rows = [{"layout": "used", "wrong": 0}, {"layout": "other", "unused wrong": 3}]
-    found = hopper.told("multiply", rows)
-    assert found["status"] == "ok" and "not as the model has it: other" in found["text"]
-    assert hopper.told("multiply", [{"layout": "used", "wrong": 1}])["status"] == "failed"
-
-
-def test_what_the_shifted_starts_say():
-    row = {"rows": 1, "wrong with base offset 0": 0, "wrong with base offset rows": 4}
-    assert "work with base offset 0:" in hopper.told("shift", [row])["text"]
-    assert "no start" in hopper.told("shift", [row | {"wrong with base offset 0": 1}])["text"]
-
-
-def test_what_the_boxes_say():
-    rates_of = {(64, 1): 18.0, (64, 2): 30.0, (128, 1): 36.0, (128, 2): 63.0, (288, 1): 27.0}
-    rows = [{"row bytes": size, "blocks": blocks, "B/clk": rate} for (size, blocks), rate in rates_of.items()]
-    found = hopper.told("boxes", rows)
-    assert "64 B 0.50, 288 B 0.75; shared by two blocks 1.75" in found["text"]
-    assert [row["predicted B/clk"] for row in found["rows"]] == [36, 72, 36, 72, 36]
-
-
-def test_a_writer_and_a_reader_are_added_up():
-    us = {"store, t": 1.0, "residual, t": 2.0, "residual, second output, t": 2.5, "prologue, t": 1.25,
-          "pass and store, t": 3.0}  # fmt: skip
-    assert hopper.activations(us, "t") == {"prologue": 3.25, "second output": 3.5, "pass of its own": 5.0}
-    assert hopper.activations(us, "another tile") == {}
-
-
-def test_another_extension_changes_what_it_says_and_nothing_else():
-    class Extension:
-        def splits(self, *sizes):
-            return 8
-
-        def fprop(self, *sizes, **words):
-            return words
-
-        dgrad = fprop
-
-        def pack(self):
-            return "packed"
-
-    assert replaced.unsplit(Extension()).splits(1, 2) == 1 and replaced.unsplit(Extension()).pack() == "packed"
-    late = replaced.waiting(Extension())
-    assert late.fprop(1, early=True, tile=1) == {"early": False, "tile": 1} == late.dgrad(early=True, tile=1)
-    assert late.splits() == 8
-
-
-def test_stale_sums_of_another_input_would_be_seen():
-    """The stress step compares bits; its inputs must give different bits, or a stale sum would pass."""
-    import torch
-
-    op, problem = next(iter(stress.cases(torch.float16, "cpu")))
-    outputs = [exact for _, exact in stress.calls(op, problem)]
-    assert all(not torch.equal(a, b) for a, b in zip(outputs, outputs[1:] + outputs[:1], strict=True))
-    assert max(float(v.abs().max()) for v in outputs) < 2**24
-
-
-def broken(monkeypatch, outputs):
-    """Changes the convolutions of the stress steps: `outputs` gets each call's number and what it gave."""
-    count, first = iter(range(10**6)), stress._first
-    monkeypatch.setattr(stress, "_first", lambda *given: outputs(next(count), first(*given)))
-
-
-@pytest.mark.parametrize("number, status", [(None, "ok"), (0, "failed"), (5, "failed")])
-def test_one_wrong_sum_in_many_is_found(monkeypatch, number, status):
-    """The first calls are the unsplit ones, which the library's convolution is compared with."""
-    import torch
-
-    broken(monkeypatch, lambda i, y: y + 1 if i == number else y)
-    found = replaced.on_the_cpu(lambda s: stress.split_reductions(torch.float16, "cpu", s), 60)
-    assert found["status"] in (status, "not run")
 
 
 # Stages.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -55,14 +56,29 @@ def result(status: str, text: str, goals: Sequence[Goal] = (), **figures: Any) -
     return {"status": status, "text": "; ".join([text, *map(str, goals)]), "goals": stated, **figures}
 
 
+def tests_on_path() -> None:
+    """Lets this process import what stands in tests/."""
+    if str(ROOT / "tests") not in sys.path:
+        sys.path.insert(0, str(ROOT / "tests"))
+
+
 def python(words: Sequence[str], seconds: float, before: Sequence[str] = (), **environment: str) -> Result:
     """Run a Python command of the repository in a process of its own; its last line is the text."""
     command = [*before, sys.executable, *words]
     folders = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), **environment}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=variables,
+        start_new_session=True,
+    )  # fmt: skip
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=ROOT, env=variables)
+        output, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
+        # With the processes that it started: the output would else stay open, and a hanging kernel would stay.
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
         return result(FAILED, f"not finished after {seconds:.0f} s")
-    lines = (done.stdout + done.stderr).strip().splitlines() or [""]
-    return result(OK if done.returncode == 0 else FAILED, lines[-1][:200], exit=done.returncode, output=lines[-30:])
+    lines = output.strip().splitlines() or [""]
+    return result(
+        OK if process.returncode == 0 else FAILED, lines[-1][:200], exit=process.returncode, output=lines[-30:]
+    )  # fmt: skip

@@ -182,7 +182,11 @@ def parts(layer: Layer, device: str, seconds: float) -> Result:
                 apply = tile._replace(apply=True)
                 calls[f"pass and store, {tile_name}"] = launching(cuda, "fprop", problem, apply)
     us = {name: 1e6 * t for name, t in medians(calls, device).items()}
-    us |= {f"main loop, {t}": us[f"{TWICE}, {t}"] - us[f"store, {t}"] for t in TILES if f"{TWICE}, {t}" in us}
+    for tile_name in TILES:
+        if f"store, {tile_name}" in us:
+            loop = us[f"{TWICE}, {tile_name}"] - us[f"store, {tile_name}"]
+            us[f"main loop, {tile_name}"] = loop
+            us[f"launch and epilogue, {tile_name}"] = us[f"store, {tile_name}"] - loop
     plain = problem_of(layer, 128, device)
     ways = {name: found for name in TILES if (found := activations(us, name))}
     text = "; ".join(
@@ -197,15 +201,24 @@ def parts(layer: Layer, device: str, seconds: float) -> Result:
 
 
 def activations(us: dict[str, float], tile: str) -> dict[str, float]:
-    """Microseconds of a layer and of the next one that reads act(bn(y)), by where that is computed."""
+    """Microseconds of a layer and of the next one that reads act(bn(y)), by where that is computed.
+
+    Between blocks y is a residual later and is written in any case, inside a block it is not.
+    """
     if f"prologue, {tile}" not in us:
         return {}
-    store, prologue, both = (us[f"{name}, {tile}"] for name in ("store", "prologue", "residual, second output"))
-    residual = us[f"residual, {tile}"]
+    store, prologue, apply, residual, both, alone = (
+        us[f"{name}, {tile}"]
+        for name in ("store", "prologue", "pass and store", "residual", "residual, second output",
+                     "second output alone")
+    )  # fmt: skip
     return {
         "prologue": residual + prologue,
         "second output": both + store,
-        "pass of its own": residual + us[f"pass and store, {tile}"],
+        "pass of its own": residual + apply,
+        "prologue inside": store + prologue,
+        "second output inside": alone + store,
+        "pass of its own inside": store + apply,
     }
 
 

@@ -7,6 +7,7 @@ library's convolution alone for all 3x3 at stride 1, both from batch 128 on.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -47,20 +48,24 @@ SOURCE: dict[str, Any] = {"prologue": True, "affine": True, "act": "relu", "eps"
 
 
 def steps(dry: bool) -> Steps:
-    """By name, the layers with a goal first."""
+    """By name."""
     if dry:
         small = Layer(16, 16, 8, short_C=16)
         found = {f"{op} {small} batch 1": partial(row, op, small, 1, "cpu") for op in ("fprop", "dgrad", "wgrad")}
         found["passes"] = partial(bandwidth, "cpu")
         return {name: Step(partial(on_the_cpu, run), 5) for name, run in found.items()}
-    rows = [(op, layer, LEAST) for layer in REGULAR for op in ("fprop", "dgrad", "wgrad")]
-    rows += [("fprop", layer, INFERENCE) for layer in REGULAR]
-    rows += [(op, layer, TRAINING) for layer in REGULAR for op in ("dgrad", "wgrad", "fprop")]
-    rows += [("fprop", layer, INFERENCE) for layer in (*WITH_SHORTCUT, *WIDENING, STEM)]
-    rows += [(op, layer, TRAINING) for layer in (*WIDENING, *SHORTCUTS) for op in ("dgrad", "wgrad")]
-    rows += [("wgrad", STEM, TRAINING), *(("fprop", layer, 1) for layer in REGULAR)]
-    found_rows = {f"{op} {layer} batch {n}": Step(partial(row, op, layer, n, "cuda"), 10) for op, layer, n in rows}
+    found_rows = {f"{op} {layer} batch {n}": Step(partial(row, op, layer, n, "cuda"), 10) for op, layer, n in rows()}
     return {"extensions": extensions(), **found_rows, "passes": Step(partial(bandwidth, "cuda"), 15)}
+
+
+def rows() -> list[tuple[str, Layer, int]]:
+    """(op, layer, batch), the layers with a goal first."""
+    found = [(op, layer, LEAST) for layer in REGULAR for op in ("fprop", "dgrad", "wgrad")]
+    found += [("fprop", layer, INFERENCE) for layer in REGULAR]
+    found += [(op, layer, TRAINING) for layer in REGULAR for op in ("dgrad", "wgrad", "fprop")]
+    found += [("fprop", layer, INFERENCE) for layer in (*WITH_SHORTCUT, *WIDENING, STEM)]
+    found += [(op, layer, TRAINING) for layer in (*WIDENING, *SHORTCUTS) for op in ("dgrad", "wgrad")]
+    return [*found, ("wgrad", STEM, TRAINING), *(("fprop", layer, 1) for layer in REGULAR)]
 
 
 def variants(op: str, layer: Layer) -> dict[str, dict[str, Any]]:
@@ -90,7 +95,9 @@ def row(op: str, layer: Layer, n: int, device: str, seconds: float) -> Result:
         "library": (library(op, plain), plain.flops),
     }
     missing = {}
-    chosen = {"plain": plain, **{use: plain._replace(**parts) for use, parts in variants(op, layer).items()}}
+    chosen = {use: plain._replace(**parts) for use, parts in variants(op, layer).items()}
+    if layer.regular or not chosen:
+        chosen["plain"] = plain
     for name, module in (("cuda", cuda), ("triton", triton)):
         for use, problem in chosen.items():
             reason = module.unsupported(op, problem)
@@ -126,6 +133,36 @@ def goals_of(layer: Layer, n: int, times: dict[str, float], rates: dict[str, flo
         if layer.taps == 3 and layer.stride == 1:
             found.append(Goal(f"{name}, times the library's convolution", OF_LIBRARY, times["library"] / times[name]))
     return found
+
+
+def totals(found: Mapping[str, Result]) -> list[str]:
+    """What the measured layers add up to in one pass of WRN-28-10, beside what was predicted; of complete sums only.
+
+    Args:
+        found: the results of this stage by step.
+    """
+    forth = [*((6, layer) for layer in REGULAR), *((1, layer) for layer in (*WITH_SHORTCUT, *WIDENING, STEM))]
+    back = [*((7, layer) for layer in REGULAR), *((1, layer) for layer in (*WIDENING, *SHORTCUTS))]
+    sums = {
+        f"inference, batch {INFERENCE}": ("fprop", INFERENCE, "cuda inference", forth),
+        f"dgrad, batch {TRAINING}": ("dgrad", TRAINING, "cuda training", back),
+        f"wgrad, batch {TRAINING}": ("wgrad", TRAINING, "cuda training", [*back, (1, STEM)]),
+    }
+    lines = []
+    for name, (op, n, road, parts) in sums.items():
+        steps_of = [(count, found.get(f"{op} {layer} batch {n}", {}), layer) for count, layer in parts]
+        times = [(count, _of_road(step, road, layer), step.get("predicted_us")) for count, step, layer in steps_of]
+        known = [(count, us, expected) for count, us, expected in times if us is not None and expected is not None]
+        if len(known) == len(parts):
+            measured, planned = (sum(line[0] * line[i] for line in known) / 1e3 for i in (1, 2))
+            lines.append(f"convolutions of {name}: {measured:.2f} ms, predicted {planned:.2f} ms")
+    return lines
+
+
+def _of_road(found: Result, road: str, layer: Layer) -> float | None:
+    """Microseconds; the stem, which has less to fuse, by what it has."""
+    us = found.get("us", {})
+    return us.get(road, next((us[name] for name in us if name.startswith("cuda ")), None) if layer == STEM else None)
 
 
 def bandwidth(device: str, seconds: float) -> Result:

@@ -133,7 +133,7 @@ def product(op: str, problem: ConvProblem) -> Call:
     p = problem
     taps, outputs = p.R * p.S, p.N * p.P * p.Q
     m, n, k = {
-        "fprop": (outputs, p.K, taps * p.C),
+        "fprop": (outputs, p.K, taps * p.C + p.short_C),
         "dgrad": (p.N * p.H * p.W, p.C, taps * p.K // p.stride**2),
         "wgrad": (p.K, taps * p.C, outputs),
     }[op]
@@ -151,7 +151,8 @@ def square(problem: ConvProblem) -> tuple[Call, int]:
 def library(op: str, problem: ConvProblem) -> Call:
     """The convolution alone through torch, on channels_last tensors; with its shortcut's where it has one."""
     p = problem._replace(prologue=False, affine=False, residual=False, act="identity", act_out="none")
-    given, pad = arguments(op, p), p.pad[0]
+    given: list[Any] = arguments(op, p)
+    pad = p.pad[0]
     if op == "fprop":
         x, w = given[:2]
         x_short, w_short = (given[TENSORS.index(name)] for name in ("x_short", "w_short"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -10,8 +9,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks.battery import NOT_RUN, Result, result
-from benchmarks.machine import ROOT
+from benchmarks.battery import NOT_RUN, Result, result, tests_on_path
 from wrn_fast import dispatch, graphs
 from wrn_fast.backends import cuda
 
@@ -69,8 +67,7 @@ def _call_again(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
 
 def on_the_cpu(run: Callable[[float], Result], seconds: float) -> Result:
     """A step with `_cuda` built for the CPU, as the tests have it; not run where that cannot be built."""
-    if str(ROOT / "tests") not in sys.path:
-        sys.path.insert(0, str(ROOT / "tests"))
+    tests_on_path()
     import pytest
     from backends import cuda_on_cpu
 
@@ -83,4 +80,5 @@ def on_the_cpu(run: Callable[[float], Result], seconds: float) -> Result:
         stack.enter_context(mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False))
         stack.enter_context(mock.patch.object(graphs, "_DEVICE", "cpu"))
         stack.enter_context(mock.patch.object(graphs, "_capture", _call_again))
+        stack.enter_context(mock.patch.object(torch.cuda, "make_graphed_callables", lambda module, *_: module))
         return run(seconds)

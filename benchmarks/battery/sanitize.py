@@ -7,7 +7,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from benchmarks.battery import NOT_RUN, Result, Step, Steps, python, result
+from benchmarks.battery import NOT_RUN, Result, Step, Steps, python, result, tests_on_path
 from benchmarks.battery.parity import extensions
 
 SMALL = ["-m", "benchmarks.battery.small"]
@@ -60,6 +60,8 @@ def instrumented(mode: str, what: str, seconds: float) -> Result:
 def fpsan(seconds: float) -> Result:
     """Only where it takes effect: Triton 3.6 ignores the mode without a word."""
     import torch
+
+    tests_on_path()
     from kernels import aot
 
     capability = torch.cuda.get_device_capability()

@@ -56,7 +56,7 @@ def calls(op: str, p: ConvProblem) -> list[tuple[Callable[[], Tensor], Tensor]]:
     """INPUTS launches of one problem, and what each gives exactly before its one rounding."""
     w = whole_numbers((p.K, p.C, p.R, p.S), 1, p.dtype, p.device)
     w_short = whole_numbers((p.K, p.short_C, 1, 1), 1, p.dtype, p.device) if p.short_C else None
-    found = []
+    found: list[tuple[Callable[[], Tensor], Tensor]] = []
     for _ in range(INPUTS):
         if op == "dgrad":
             dy = whole_numbers((p.N, p.K, p.P, p.Q), 2, p.dtype, p.device)
@@ -128,7 +128,7 @@ def far(backend: str, device: str, seconds: float, n: int = FAR) -> Result:
     layer = LAYERS[0] if device == "cuda" else Layer(16, 16, 4)
     whole = problem_of(layer, n, device, act="identity")._replace(dtype=dtype, w_dtype=dtype)
     alone = whole._replace(N=1)
-    normal = {"prologue": True, "affine": True, "act": "relu"}
+    normal: dict[str, Any] = {"prologue": True, "affine": True, "act": "relu"}
     for op in ("fprop", "dgrad", "wgrad"):
         reason = module.unsupported(op, whole)
         if reason:

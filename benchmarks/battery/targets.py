@@ -53,6 +53,7 @@ def steps(dry: bool) -> Steps:
         tiny = Case(Network(10, 1), "training_step", 2, "fp32")
         return {
             tiny.name: Step(partial(measure, tiny, "cpu", (EAGER,), "aten", Target(1, 1, 1)), 10),
+            f"{tiny.name}, one graph": Step(partial(on_the_cpu, partial(replayed, tiny, Target(1, 1, 1), "cpu")), 10),
             "latency": Step(partial(on_the_cpu, partial(latency, Network(10, 1), 1, "cpu")), 10),
         }
     found = {"extensions": extensions(), "latency batch 1": Step(partial(latency, WIDE, 1, "cuda"), 30)}
@@ -61,7 +62,7 @@ def steps(dry: bool) -> Steps:
             partial(measure, case, "cuda", (EAGER, AUTOTUNED), HAND_WRITTEN, target),
             100 if case.task == "inference" else 150,
         )
-        found[f"{case.name}, one graph"] = Step(partial(replayed, case, target), 25)
+        found[f"{case.name}, one graph"] = Step(partial(replayed, case, target, "cuda"), 25)
     return found | {"latency batch 8": Step(partial(latency, WIDE, 8, "cuda"), 30)}
 
 
@@ -71,6 +72,7 @@ def measure(
     """One case, every variant within its bound or refused, images a second; a training step with its optimizer."""
     if device == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.benchmark = True
     peers = [peer for peer in PEERS if peer.name in (FAST, *rivals)]
     rate, budget = timing.matmul_rate(DTYPES[case.dtype], device), min(20.0, seconds / 4)
     with wrn_fast.backend(backends):
@@ -103,14 +105,16 @@ def goals_of(speeds: dict[str, float], target: Target) -> list[Goal]:
     ]
 
 
-def replayed(case: Case, target: Target, seconds: float) -> Result:
+def replayed(case: Case, target: Target, device: str, seconds: float) -> Result:
     """The case as one CUDA graph: what is left when the host launches nothing, without the optimizer."""
-    reason = refused("cuda", torch.bfloat16, "cuda")
+    dtype = torch.bfloat16 if device == "cuda" else torch.float16
+    reason = refused("cuda", dtype, device)
     if reason:
         return result(NOT_RUN, reason)
     training = case.task == "training_step"
-    model = drawn(WIDE, torch.bfloat16, "cuda").train(training)
-    x, labels = images(case.batch, model, "cuda"), torch.randint(10, (case.batch,), device="cuda")
+    assert isinstance(case.subject, Network)
+    model = drawn(case.subject, dtype, device).train(training)
+    x, labels = images(case.batch, model, device), torch.randint(10, (case.batch,), device=device)
     with torch.set_grad_enabled(training), wrn_fast.backend(HAND_WRITTEN):
         fast = wrn_fast.graphed(model, x)
 
@@ -120,7 +124,7 @@ def replayed(case: Case, target: Target, seconds: float) -> Result:
             if training:
                 F.cross_entropy(y.float(), labels).backward()
 
-        speed = case.batch / medians({"graph": run}, "cuda")["graph"]
+        speed = case.batch / medians({"graph": run}, device)["graph"]
     return result(OK, f"{speed:,.0f} img/s", [Goal("img/s", target.images, speed)], images=speed)
 
 
@@ -155,7 +159,8 @@ def latency(network: Network, n: int, device: str, seconds: float) -> Result:
             found[f"{name}, call"] = _call_us(partial(fast, x), device)
     text = ", ".join(f"{name} {us:.1f}" for name, us in found.items())
     goals = [Goal("us a call", LATENCY_US, found["cuda, call"], at_most=True)] if n == 1 else []
-    return result(OK, f"us: {text}; {LATENCY[n]}", goals, us=found)
+    speed = 1e6 * n / found["cuda, call"]
+    return result(OK, f"us: {text}; {LATENCY[n]}; {speed:,.0f} img/s", goals, us=found)
 
 
 def _call_us(call: Callable[[], Any], device: str) -> float:
