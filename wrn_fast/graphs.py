@@ -64,8 +64,8 @@ def graphed(model: nn.Module, example: Tensor) -> Graphed:
     else forward and backward are, and the result is differentiable. Dropout masks are drawn at each replay.
 
     Weights and statistics may be changed in place between replays, by `load_state_dict` or training, and are followed.
-    In eval mode packed filters (of the cuda backend) and folded BatchNorms are made outside of the graph: a call looks
-    at the version counters first and makes them again if one has moved; for writes that no counter shows (fused
+    In eval mode packed filters and folded BatchNorms are made outside of the graph: a call looks at the version
+    counters first and makes them again if one has moved; for writes that no counter shows (fused
     optimizers, `.data`) it folds anew in any case and compares samples of the filters on the device. After such a write
     to a few elements of a filter call `refresh(model)`. A parameter, buffer or module that was replaced or moved makes
     the next call raise.

@@ -81,7 +81,8 @@ def tasks(depth: int = 28, width: int = 10, batch: int = 128, dtype: str = "bf16
 def event_clock(call: Callable[[], Any]) -> float:
     """Device seconds between two events, with a cold L2: the median of ROUNDS calls behind a backlog of device work."""
     size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    flush = torch.empty(2 * size, dtype=torch.uint8, device="cuda")
+    # Twice the cache would be enough to empty it; the rest is 100 us in which the host queues the call.
+    flush = torch.empty(8 * size, dtype=torch.uint8, device="cuda")
     pairs = []
     call()
     for _ in range(ROUNDS):
