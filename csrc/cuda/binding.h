@@ -59,6 +59,14 @@ inline Norm norm(Pointer stats, Pointer gamma, Pointer beta, double eps) {
   return {at(stats), at(gamma), at(beta), eps};
 }
 
+inline Mask mask(Pointer rng, double p) {
+  require(p >= 0 && p <= 1, "p", "a probability in [0, 1]", p);
+  require(rng != 0 || p == 0, "rng", "a pointer where p is above 0", "null");
+  if (p == 0) return {};
+  if (p == 1) return {at<const int64_t>(rng), 0xffffffffu, 0.};
+  return {at<const int64_t>(rng), static_cast<uint32_t>(p * 4294967296.), 1. / (1. - p)};
+}
+
 using release = pybind11::call_guard<pybind11::gil_scoped_release>;
 
 // module_sm90.cpp, module_weights.cpp, module_head.cpp

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common_device.cuh"
+#include "common_philox.h"
 
 namespace wrn_fast {
 namespace cuda {
@@ -223,28 +224,6 @@ WRN_DEVICE W activate_backward(W g, W v, Act act, W slope) {
   }
 }
 
-struct Words {
-  uint32_t w[4];
-};
-
-// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011).
-WRN_DEVICE Words philox(uint64_t block, uint64_t seed, uint64_t offset) {
-  uint32_t c0 = static_cast<uint32_t>(block), c1 = static_cast<uint32_t>(block >> 32);
-  uint32_t c2 = static_cast<uint32_t>(offset), c3 = static_cast<uint32_t>(offset >> 32);
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-#pragma unroll
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t a = static_cast<uint64_t>(c0) * 0xD2511F53u, b = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
-    c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0;
-    c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1;
-    c1 = static_cast<uint32_t>(b);
-    c3 = static_cast<uint32_t>(a);
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  return {{c0, c1, c2, c3}};
-}
-
 // A Mask with its seed read, and `scale` in the wide dtype.
 template <class W>
 struct Dropped {
@@ -263,7 +242,7 @@ struct Dropped {
   WRN_DEVICE void drop(W (&v)[V], int64_t index) const {
 #pragma unroll
     for (int j = 0; j < V; j += 4) {
-      const Words words = philox(static_cast<uint64_t>(index + j) >> 2, seed, offset);
+      const PhiloxWords words = philox(static_cast<uint64_t>(index + j) >> 2, seed, offset);
 #pragma unroll
       for (int i = 0; i < 4 && i < V; ++i) {
         const int k = V >= 4 ? i : static_cast<int>(index & 3) + i;

@@ -16,14 +16,6 @@ Rows checked_rows(int dtype, int64_t rows, int C) {
   return {checked_dtype(dtype), rows, C};
 }
 
-Mask mask(Pointer rng, double p) {
-  require(p >= 0 && p <= 1, "p", "a probability in [0, 1]", p);
-  require(rng != 0 || p == 0, "rng", "a pointer where p is above 0", "null");
-  if (p == 0) return {};
-  if (p == 1) return {at<const int64_t>(rng), 0xffffffffu, 0.};
-  return {at<const int64_t>(rng), static_cast<uint32_t>(p * 4294967296.), 1. / (1. - p)};
-}
-
 void bind_apply(int dtype, int64_t rows, int C, Pointer x, Pointer stats, Pointer gamma, Pointer beta, double eps,
                 int act, double slope, Pointer rng, double p, Pointer y, Pointer stream) {
   present(x, "x");

@@ -65,7 +65,7 @@ void fprop(const ConvShape& s, int dtype, int tile, Pointer x, Pointer scale, Po
            Pointer short_scale, Pointer short_shift, int short_act, Pointer w_short, Pointer bias, Pointer residual,
            Pointer y, Pointer y_act, int act_out, Pointer out_scale, Pointer out_shift, Pointer counts, Pointer moments,
            int splits, Pointer partials, Pointer counters, bool early, Pointer stream, Pointer factor,
-           Pointer factor_short) {
+           Pointer factor_short, Pointer rng, double p, bool drop_act) {
   Sm90Fprop a;
   a.shape = s;
   a.dtype = checked_dtype(dtype);
@@ -103,6 +103,9 @@ void fprop(const ConvShape& s, int dtype, int tile, Pointer x, Pointer scale, Po
   aligned16(residual, "residual", true);
   aligned16(y, "y", true);
   aligned16(y_act, "y_act", true);
+  a.mask = mask(rng, p);
+  a.drop_act = drop_act;
+  require(y_act || !(drop_act && p > 0), "y_act", "a pointer where it is dropped", "null");
   a.bias = at<const float>(bias);
   a.residual = at(residual);
   a.y = at(y);
@@ -186,7 +189,8 @@ void bind_sm90(py::module_& m) {
         py::arg("short_shift"), py::arg("short_act"), py::arg("w_short"), py::arg("bias"), py::arg("residual"),
         py::arg("y"), py::arg("y_act"), py::arg("act_out"), py::arg("out_scale"), py::arg("out_shift"),
         py::arg("counts"), py::arg("moments"), py::arg("splits"), py::arg("partials"), py::arg("counters"),
-        py::arg("early"), py::arg("stream"), py::arg("factor") = 0, py::arg("factor_short") = 0);
+        py::arg("early"), py::arg("stream"), py::arg("factor") = 0, py::arg("factor_short") = 0, py::arg("rng") = 0,
+        py::arg("p") = 0., py::arg("drop_act") = false);
   m.def("dgrad", &dgrad, release(), py::arg("shape"), py::kw_only(), py::arg("dtype"), py::arg("tile"), py::arg("dy"),
         py::arg("w"), py::arg("x"), py::arg("scale"), py::arg("shift"), py::arg("act"), py::arg("slope"),
         py::arg("mean"), py::arg("rstd"), py::arg("g"), py::arg("sums"), py::arg("splits"), py::arg("partials"),

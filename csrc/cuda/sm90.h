@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "../problem.h"
+#include "common.h"
 
 namespace wrn_fast {
 
@@ -37,8 +38,9 @@ struct Sm90Launch {
   bool early = false;
 };
 
-// y = conv(prologue(x), w) [+ conv1x1(prologue_short(x_short), w_short)] [+ bias] [+ residual], rounded to dtype;
-// partial moments of y as stored; y_act = act_out(y * out_scale + out_shift) from y before it is rounded.
+// y = conv(prologue(x), w) [+ conv1x1(prologue_short(x_short), w_short)] [+ bias] [+ residual], dropped, rounded to
+// dtype; partial moments of y as stored; y_act = act_out(y * out_scale + out_shift) from y before it is rounded,
+// dropped.
 struct Sm90Fprop : Sm90Launch {
   ConvShape shape;
   DType dtype = DType::bf16;  // bf16 or f16, of every activation and of the packed filters
@@ -54,12 +56,16 @@ struct Sm90Fprop : Sm90Launch {
   const void* w_short = nullptr;  // packed as a 1x1 filter
 
   // Not null: x, x_short and their filters are in e4m3, and v = factor[k] * sums (without a prologue, C and short_C
-  // multiples of 16, tile fetch9); those of the shortcut times factor_short[k]. dtype is that of the rest.
+  // multiples of 16); those of the shortcut times factor_short[k]. dtype is that of the rest.
   const float* factor = nullptr;        // [K]
   const float* factor_short = nullptr;  // [K]; needed with x_short
 
   const float* bias = nullptr;     // [K]
   const void* residual = nullptr;  // [N,P,Q,K]
+
+  // Dropout of y, or of y_act where drop_act is set. rng is read when the kernel runs.
+  cuda::Mask mask;
+  bool drop_act = false;
 
   void* y = nullptr;      // [N,P,Q,K]; null when only y_act is wanted (no moments then)
   void* y_act = nullptr;  // [N,P,Q,K]; null: not wanted

@@ -6,12 +6,12 @@
 // Persistent: a block takes every gridDim.x-th job of the schedule, a tile of pixels x block_k channels. Warp 0 fetches
 // activations (TMA boxes: out of the image is zero) and warp 1 packed filters (bulk copies) into two rings; warps 2 and
 // 3 apply the prologue in place; warpgroups 1 and 2 multiply, each its half of the pixels, and run the epilogue
-// (sm90_epilogue.cuh). A tile of `blocks` 64-row blocks a warpgroup reads each source row_taps times less often than an
-// implicit GEMM that fetches each tap: with row_taps 3 a box brings the pixels of one filter column with two rows of
-// halo, and the three filter rows are starts within it. All of them lie on the swizzle's period.
+// (sm90_epilogue.cuh), for which warps 2 and 3 also draw the dropout mask. A tile of `blocks` 64-row blocks a warpgroup
+// reads each source row_taps times less often than an implicit GEMM that fetches each tap: with row_taps 3 a box brings
+// the pixels of one filter column with two rows of halo, and the three filter rows are starts within it. All of them
+// lie on the swizzle's period.
 #pragma once
 
-#include "sm90_e4m3.cuh"
 #include "sm90_epilogue.cuh"
 #include "sm90_hw.cuh"
 #include "sm90_plan.h"
@@ -26,8 +26,8 @@ struct ConvTraits {
   static constexpr bool dgrad = dgrad_, fp16 = fp16_, e4m3 = e4m3_;
   static constexpr int chunk = e4m3 ? kChunk8 : kChunk;  // channels
   using Memory = ConvMemory<block_k, blocks, row_taps>;
-  // 224 and 56: both roles without a spill at 2 x 64 x 160 (ptxas 13.0).
-  static constexpr int kConsumerRegisters = 224, kProducerRegisters = 56;
+  // Both roles without a spill at 2 x 64 x 160 (ptxas 13.0). e4m3 has no prologue, so its producers need less.
+  static constexpr int kConsumerRegisters = e4m3 ? 224 : 216, kProducerRegisters = e4m3 ? 56 : 72;
   static_assert((kConsumers * kConsumerRegisters + kProducerRegisters) * kWarpgroup <= kRegistersMax);
 };
 
@@ -71,6 +71,14 @@ SM90_FN void for_each_chunk(const Params& p, const Job& j, int begin, int end, V
     visit(k);
     u += k.columns;
   }
+}
+
+// Boxes that a job fetches.
+template <class T, class Params>
+SM90_FN int fetches_of(const Params& p, const Job& j) {
+  const Units u = units_of<T>(p, j);
+  const int of_main = least(u.end, u.main) - least(u.begin, u.main);
+  return u.end - u.begin + of_main * (T::row_taps > 1 ? 0 : p.source.rows[j.parity >> 1].count - 1);
 }
 
 template <class T, class Params, class Visit>
@@ -154,42 +162,62 @@ SM90_FN void transform_vector(const Source& s, uint32_t address, bool in, const 
   hw::store_vector(address, v);
 }
 
-// The prologue. A thread keeps one group of 8 channels; channels past the last are zero and no product reads them.
-template <class T, class Params>
-SM90_FN void transform(const Params& p, uint32_t base) {
+// The prologue of a job; done(i) after its i-th fetch. A thread keeps one group of 8 channels; channels past the last
+// are zero and no product reads them.
+template <class T, class Params, class Done>
+SM90_FN void transform(const Params& p, uint32_t base, const Job& j, int t, Ring& a, Done&& done) {
   using M = typename T::Memory;
-  const int t = hw::thread() - (kWarpgroup - kTransformers), group = t % 8;
+  const int group = t % 8;
   const PixelTile tile = p.schedule.tile;
+  int fetch = 0;
+  for_each_chunk<T>(p, j, [&](const Chunk& k) {
+    const Source& s = *k.source;
+    const int channel = k.chunk * kChunk + group * 8;
+    const bool mine = s.scale && channel < s.channels;
+    float scale[8], shift[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      scale[i] = mine ? hw::from_global(s.scale + channel + i) : 0.f;
+      shift[i] = mine ? hw::from_global(s.shift + channel + i) : 0.f;
+    }
+    const int rows = mine ? fetched_rows(tile, k.halo) : 0;
+    for (int column = k.first_column; column < k.first_column + k.columns; ++column) {
+      for (int row = 0; row < k.fetches; ++row) {
+        const Pixel at = fetch_origin(k, column, row, j.origin);
+        hw::barrier_wait(base + M::barrier(M::kARaw + a.index), a.phase);
+        for (int i = t / 8; i < rows; i += kTransformers / 8) {
+          const Pixel f = fetched_pixel(tile, k.halo, i, s.in_stride);
+          transform_vector<T>(s, base + M::a(a.index) + a_vector(i, group),
+                              inside({at.q + f.q, at.p + f.p, at.n + f.n}, s.extent), scale, shift);
+        }
+        hw::fence_async();
+        hw::barrier_arrive(base + M::barrier(M::kAFull + a.index));
+        a = next(a, M::kAStages);
+        done(++fetch);
+      }
+    }
+  });
+}
+
+// The transformers: the prologue, and in its pauses the mask of the job.
+template <class T, class Params>
+SM90_FN void prepare(const Params& p, uint32_t base) {
+  const int t = hw::thread() - (kWarpgroup - kTransformers);
   Ring a;
   const int jobs = jobs_of(p.schedule);
   for (int job = hw::block(); job < jobs; job += hw::blocks()) {
     const Job j = job_of(p.schedule, job);
-    for_each_chunk<T>(p, j, [&](const Chunk& k) {
-      const Source& s = *k.source;
-      const int channel = k.chunk * kChunk + group * 8;
-      const bool mine = s.scale && channel < s.channels;
-      float scale[8], shift[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        scale[i] = mine ? hw::from_global(s.scale + channel + i) : 0.f;
-        shift[i] = mine ? hw::from_global(s.shift + channel + i) : 0.f;
-      }
-      const int rows = mine ? fetched_rows(tile, k.halo) : 0;
-      for (int column = k.first_column; column < k.first_column + k.columns; ++column) {
-        for (int row = 0; row < k.fetches; ++row) {
-          const Pixel at = fetch_origin(k, column, row, j.origin);
-          hw::barrier_wait(base + M::barrier(M::kARaw + a.index), a.phase);
-          for (int i = t / 8; i < rows; i += kTransformers / 8) {
-            const Pixel f = fetched_pixel(tile, k.halo, i, s.in_stride);
-            transform_vector<T>(s, base + M::a(a.index) + a_vector(i, group),
-                                inside({at.q + f.q, at.p + f.p, at.n + f.n}, s.extent), scale, shift);
-          }
-          hw::fence_async();
-          hw::barrier_arrive(base + M::barrier(M::kAFull + a.index));
-          a = next(a, M::kAStages);
-        }
-      }
-    });
+    int drawn = 0;
+    if (!T::e4m3 && p.prologue) {
+      const int shares = fetches_of<T>(p, j) + 1;
+      transform<T>(p, base, j, t, a, [&](int fetch) {
+        if (!draws<T>(p)) return;
+        const int due = kDrawn<T> * fetch / shares;
+        draw<T>(p, base, job, j, t, drawn, due);
+        drawn = due;
+      });
+    }
+    if (draws<T>(p)) draw<T>(p, base, job, j, t, drawn, kDrawn<T>);
   }
 }
 
@@ -294,9 +322,14 @@ SM90_FN bool last_to_add(const Params& p, uint32_t base, int job, int consumer, 
 
 template <class T, class Params>
 SM90_FN void consume(const Params& p, uint32_t base, int consumer) {
+  using M = typename T::Memory;
   const bool elected = hw::thread() % kWarpgroup == 0;
   Ring a, b;
   Side side;
+  // The threads of a consumer meet after the last of them has read the mask, to store what it left.
+  const auto give_mask = [&] {
+    if (draws<T>(p) && elected) hw::barrier_arrive(base + M::barrier(M::kMaskEmpty));
+  };
   const int jobs = jobs_of(p.schedule);
   for (int job = hw::block(); job < jobs; job += hw::blocks()) {
     const Job j = job_of(p.schedule, job);
@@ -332,18 +365,30 @@ SM90_FN void consume(const Params& p, uint32_t base, int consumer) {
         for_each_chunk<T>(p, j, of_short ? most(u.begin, u.main) : u.begin, of_short ? u.end : least(u.end, u.main),
                           visit);
       }
-      as_numbers<T>(p, j, acc, u.main < u.end ? p.factor_short : p.factor);
     } else {
       for_each_chunk<T>(p, j, visit);
     }
+    // Taken and given back also where another block goes on: the mask's barriers count the jobs.
+    if (draws<T>(p)) hw::barrier_wait(base + M::barrier(M::kMaskFull), mask_phase(hw::fresh(job)));
     if constexpr (T::blocks == 1) {
       if (!whole) {
-        if (!last_to_add<T>(p, base, hw::fresh(job), consumer, acc[0])) continue;
+        if constexpr (T::e4m3) {
+          const Units u = units_of<T>(p, j);
+#pragma unroll
+          for (int g = 0; g < T::block_k / 16; ++g) {
+            as_numbers<T>(p, j.k_block * T::block_k, hw::thread() % 32, g, u.main < u.end, j.split == 0, acc[0]);
+          }
+        }
+        if (!last_to_add<T>(p, base, hw::fresh(job), consumer, acc[0])) {
+          give_mask();
+          continue;
+        }
         if (p.has_side && elected) request_side<T>(p, base, j, consumer, consumer);
       }
     }
     // The job is taken apart again rather than kept: registers are what the main loop is short of.
     finish<T>(p, base, job_of(p.schedule, hw::fresh(job)), consumer, acc, side);
+    give_mask();
   }
   if (elected) hw::store_wait_read();
 }
@@ -364,6 +409,8 @@ SM90_FN void conv_body(const Params& p) {
       hw::barrier_init(base + M::barrier(M::kBEmpty + i), kConsumers);
     }
     for (int i = 0; i < kConsumers; ++i) hw::barrier_init(base + M::barrier(M::kSideFull + i), 1);
+    hw::barrier_init(base + M::barrier(M::kMaskFull), kTransformers);
+    hw::barrier_init(base + M::barrier(M::kMaskEmpty), kConsumers);
     hw::barrier_init_fence();
     hw::prefetch_map(&p.a);
   }
@@ -380,9 +427,9 @@ SM90_FN void conv_body(const Params& p) {
       }
     } else if (warp == 1) {
       if (hw::thread() == 32) fetch_filters<T>(p, base);
-    } else if (p.prologue) {
+    } else if (p.prologue || draws<T>(p)) {
       hw::wait_for_prior_grid();
-      transform<T>(p, base);
+      prepare<T>(p, base);
     }
   } else {
     hw::registers_up<T::kConsumerRegisters>();

@@ -5,7 +5,7 @@ namespace wrn_fast {
 namespace sm90 {
 
 ConvKernel dgrad_fetch9(int block_k, DType dtype) {
-#define CASE(k, tile, blocks, taps) SM90_KERNEL_CASE(true, k, blocks, taps)
+#define CASE(k, tile, blocks, taps) SM90_KERNEL_CASE(true, k, blocks, taps, false)
   SM90_FETCH9(CASE)
 #undef CASE
   return nullptr;

@@ -1,13 +1,16 @@
 // The epilogues of the Hopper convolution. Not run on a GPU yet.
 //
-//   fprop: v = acc + residual, acc having begun as the bias; y = round(v); moments of y; y_act = round(act(v * scale +
-//   shift)) dgrad: g = round(acc * act'(x * scale + shift)); sums of g and of g * (x - mean) * rstd
+//   fprop: v = drop(acc + residual), acc having begun as the bias; y = round(v); moments of y;
+//          y_act = round(drop(act(v * scale + shift))); at most one of the two is dropped
+//   dgrad: g = round(acc * act'(x * scale + shift)); sums of g and of g * (x - mean) * rstd
 //
 // A consumer warpgroup stages 64 rows at a time: the second operand comes into the staging by TMA while the main loop
 // runs, results leave it by TMA. Sums have a fixed order: rows of a thread, lanes, warps; a part is 64 rows,
 // and parts are merged elsewhere.
 #pragma once
 
+#include "sm90_dropout.cuh"
+#include "sm90_e4m3.cuh"
 #include "sm90_hw.cuh"
 #include "sm90_plan.h"
 
@@ -132,6 +135,7 @@ SM90_FN void store_rows(const Params& p, uint32_t staging, const hw::Map* map, c
 // Where a thread stands in 64 rows of a job.
 struct Place {
   uint32_t staging = 0;
+  uint32_t mask = 0;  // of the first of its rows
   int k0 = 0, warp = 0, lane = 0;
   bool valid[2] = {};   // rows acc_row(.., h) lie in the image
   float inverse = 0.f;  // 1 / number of the warp's 16 rows that do, 0 for none
@@ -169,45 +173,52 @@ SM90_FN void leave_sums(const Place& at, int plane, const Sums (&sums)[plane_cha
   }
 }
 
-// fprop, one group of columns: the residual into the accumulators, moments of the values as stored.
+template <class T>
+SM90_FN void add_side(const Place& at, int g, float (&acc)[T::block_k / 2]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int j = 2 * g + i / 2, h = i & 1;
+    const uint32_t r = load_side<T>(at, h, 8 * j + 2 * (at.lane & 3));
+    acc[acc_reg(j, h, 0)] += hw::low_half<T::fp16>(r);
+    acc[acc_reg(j, h, 1)] += hw::high_half<T::fp16>(r);
+  }
+}
+
+// fprop, one group of columns: the residual into the accumulators, dropout, moments of the values as stored.
 template <class T, class Params>
 SM90_FN void fprop_group(const Params& p, const Place& at, int g, float (&acc)[T::block_k / 2], Sums& sums) {
+  if constexpr (T::e4m3) {
+    // Sums of a split call are numbers already.
+    if (p.schedule.splits == 1) as_numbers<T>(p, at.k0, at.lane, g, p.source_short.channels > 0, true, acc);
+  }
+  if (p.has_side) add_side<T>(at, g, acc);
+  if (p.drop_y) drop_group<T>(p, at.mask, at.lane, g, acc);
+  if (!p.sums) return;
   float sum[4], square[4], pivot[4];
 #pragma unroll
   for (int c = 0; c < 4; c += 2) {
-    const int j = 2 * g + c / 2, column = 8 * j + 2 * (at.lane & 3);
+    const int j = 2 * g + c / 2;
     float stored[2][2];
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float &low = acc[acc_reg(j, h, 0)], &high = acc[acc_reg(j, h, 1)];
-      if (p.has_side) {
-        const uint32_t r = load_side<T>(at, h, column);
-        low += hw::low_half<T::fp16>(r);
-        high += hw::high_half<T::fp16>(r);
-      }
-      round_pair<T>(low, high, stored[h]);
-    }
-    if (p.sums) {
-      // Around a value of the column itself, so that a large mean costs no digits. Row 0 of a warp lies in the image if
-      // any of its rows does.
+    for (int h = 0; h < 2; ++h) round_pair<T>(acc[acc_reg(j, h, 0)], acc[acc_reg(j, h, 1)], stored[h]);
+    // Around a value of the column itself, so that a large mean costs no digits. Row 0 of a warp lies in the image if
+    // any of its rows does.
 #pragma unroll
-      for (int b = 0; b < 2; ++b) {
-        pivot[c + b] = hw::shuffle(stored[0][b], at.lane & 3);
-        const float d0 = at.valid[0] ? stored[0][b] - pivot[c + b] : 0.f;
-        const float d1 = at.valid[1] ? stored[1][b] - pivot[c + b] : 0.f;
-        sum[c + b] = d0 + d1;
-        square[c + b] = hw::fused(d0, d0, d1 * d1);
-      }
+    for (int b = 0; b < 2; ++b) {
+      pivot[c + b] = hw::shuffle(stored[0][b], at.lane & 3);
+      const float d0 = at.valid[0] ? stored[0][b] - pivot[c + b] : 0.f;
+      const float d1 = at.valid[1] ? stored[1][b] - pivot[c + b] : 0.f;
+      sum[c + b] = d0 + d1;
+      square[c + b] = hw::fused(d0, d0, d1 * d1);
     }
   }
-  if (!p.sums) return;
   const float total = to_lanes<true>(sum, at.lane), squares = to_lanes<true>(square, at.lane);
   const float offset = total * at.inverse, mean = to_lanes<false>(pivot, at.lane) + offset;
   sums.first = at.inverse > 0.f ? mean : 0.f;
   sums.second = hw::max_nan(squares - total * offset, 0.f);
 }
 
-// act(acc * scale + shift) for the second output of fprop.
+// drop(act(acc * scale + shift)) for the second output of fprop.
 template <class T, class Params>
 SM90_FN void activate_columns(const Params& p, const Place& at, float (&acc)[T::block_k / 2]) {
 #pragma unroll
@@ -223,6 +234,7 @@ SM90_FN void activate_columns(const Params& p, const Place& at, float (&acc)[T::
     activate(v, p.act, p.slope);
 #pragma unroll
     for (int i = 0; i < 8; ++i) acc[8 * g + i] = v[i];
+    if (p.drop_act) drop_group<T>(p, at.mask, at.lane, g, acc);
   }
 }
 
@@ -313,6 +325,7 @@ SM90_FN void finish(const Params& p, uint32_t base, const Job& j, int consumer, 
   for (int m = 0; m < T::blocks; ++m) {
     const int block = consumer * T::blocks + m, row = block * 64 + at.warp * 16;
     const int rows = valid_rows(p.schedule.tile, j.origin, p.out[j.parity], row, 4);
+    at.mask = base + M::mask() + mask_offset(T::block_k, row + at.lane / 4, 0);
     at.inverse = rows ? hw::reciprocal(static_cast<float>(rows)) : 0.f;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {

@@ -193,6 +193,9 @@ SM90_FN uint32_t load_word(uint32_t address) {
 SM90_FN float load_float(uint32_t address) {
   return __uint_as_float(load_word(address));
 }
+SM90_FN void store_word(uint32_t address, uint32_t v) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
 SM90_FN void store_float(uint32_t address, float v) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
 }
@@ -259,6 +262,9 @@ SM90_FN float from_other_block(const float* p) {
 }
 SM90_FN float from_global(const float* p) {
   return __ldg(p);
+}
+SM90_FN int64_t from_global(const int64_t* p) {
+  return __ldg(reinterpret_cast<const long long*>(p));
 }
 
 }  // namespace hw

@@ -23,7 +23,7 @@ constexpr int kRowBytes = 128;                 // of one pixel or one filter in 
 constexpr int kWarpgroup = 128;                // threads
 constexpr int kConsumers = 2;                  // warpgroups
 constexpr int kThreads = 3 * kWarpgroup;       // producer warpgroup first
-constexpr int kTransformers = 64;              // last threads of the producer warpgroup: they apply the prologue
+constexpr int kTransformers = 64;              // last threads of the producer warpgroup: prologue, dropout mask
 constexpr int kSharedMax = 232448;             // bytes a block may have
 constexpr int kRegistersMax = 168 * kThreads;  // what the launch gives, to be shared out by setmaxnreg
 
@@ -309,6 +309,18 @@ SM90_HD int64_t part_of(int pixel_tile, int blocks, int block) {
   return static_cast<int64_t>(pixel_tile) * kConsumers * blocks + block;
 }
 
+// Dropout counts the elements of y [N,P,Q,K] in memory order.
+SM90_HD int64_t element_number(Extent e, int64_t K, Pixel at, int k) {
+  return ((static_cast<int64_t>(at.n) * e.P + at.p) * e.Q + at.q) * K + k;
+}
+// The mask of a tile in shared memory: a row has a word for each 32 channels, bit c % 32 is channel c.
+SM90_HD int mask_words(int block_k) {
+  return (block_k + 31) / 32;
+}
+SM90_HD uint32_t mask_offset(int block_k, int row, int channel) {
+  return static_cast<uint32_t>((row * mask_words(block_k) + channel / 32) * 4);
+}
+
 // A ring of buffers: parity of the phase that its user is in.
 struct Ring {
   int index = 0;
@@ -329,7 +341,8 @@ struct ConvMemory {
   static constexpr int kBBytes = block_k * kRowBytes;
   static constexpr int kStaging = staging_bytes(block_k);
   static constexpr int kBarrierBytes = 512;
-  static constexpr int kFree = kSharedMax - kConsumers * kStaging - kBarrierBytes;
+  static constexpr int kMaskBytes = kRows * mask_words(block_k) * 4;
+  static constexpr int kFree = kSharedMax - kConsumers * kStaging - kBarrierBytes - kMaskBytes;
   static constexpr int kAStages = row_taps > 1 ? 2 : least(8, kFree / (kABytes + kBBytes));
   static constexpr int kBStages = row_taps > 1 ? least(8, (kFree - kAStages * kABytes) / kBBytes) : kAStages;
 
@@ -337,10 +350,13 @@ struct ConvMemory {
   static SM90_HD uint32_t b(int stage) { return static_cast<uint32_t>(kAStages * kABytes + stage * kBBytes); }
   static SM90_HD uint32_t staging(int consumer) { return b(kBStages) + static_cast<uint32_t>(consumer * kStaging); }
   static SM90_HD uint32_t barrier(int i) { return staging(kConsumers) + static_cast<uint32_t>(i * 8); }
+  static SM90_HD uint32_t mask() { return barrier(0) + kBarrierBytes; }
   // Barriers, in this order.
   static constexpr int kAFull = 0, kAEmpty = kAFull + kAStages, kARaw = kAEmpty + kAStages, kBFull = kARaw + kAStages,
-                       kBEmpty = kBFull + kBStages, kSideFull = kBEmpty + kBStages, kBarriers = kSideFull + kConsumers;
-  static constexpr uint32_t kBytes = kAStages * kABytes + kBStages * kBBytes + kConsumers * kStaging + kBarrierBytes;
+                       kBEmpty = kBFull + kBStages, kSideFull = kBEmpty + kBStages, kMaskFull = kSideFull + kConsumers,
+                       kMaskEmpty = kMaskFull + 1, kBarriers = kMaskEmpty + 1;
+  static constexpr uint32_t kBytes =
+      kAStages * kABytes + kBStages * kBBytes + kConsumers * kStaging + kBarrierBytes + kMaskBytes;
 
   static_assert(kBarriers * 8 <= kBarrierBytes && kBytes <= kSharedMax && kAStages >= 2 && kBStages >= 3);
   static_assert(kABytes % 1024 == 0 && kBBytes % 1024 == 0 && kStaging % 1024 == 0);

@@ -16,16 +16,17 @@ __global__ void __launch_bounds__(kThreads, 1) sm90_conv_kernel(const __grid_con
 
 // Null: not compiled.
 ConvKernel fprop_fetch9(int block_k, DType dtype);
-ConvKernel fprop_e4m3(int block_k, DType dtype);
 ConvKernel fprop_shift3(int block_k, DType dtype);
+ConvKernel fprop_e4m3_fetch9(int block_k, DType dtype);
+ConvKernel fprop_e4m3_shift3(int block_k, DType dtype);
 ConvKernel dgrad_fetch9(int block_k, DType dtype);
 ConvKernel dgrad_shift3(int block_k, DType dtype);
 
 // The body of one of these functions: LIST names the widths.
-#define SM90_KERNEL_CASE(DGRAD, K, BLOCKS, TAPS)                                              \
-  if (block_k == K) {                                                                         \
-    return dtype == DType::f16 ? sm90_conv_kernel<ConvTraits<DGRAD, K, BLOCKS, TAPS, true>>   \
-                               : sm90_conv_kernel<ConvTraits<DGRAD, K, BLOCKS, TAPS, false>>; \
+#define SM90_KERNEL_CASE(DGRAD, K, BLOCKS, TAPS, E4M3)                                              \
+  if (block_k == K) {                                                                               \
+    return dtype == DType::f16 ? sm90_conv_kernel<ConvTraits<DGRAD, K, BLOCKS, TAPS, true, E4M3>>   \
+                               : sm90_conv_kernel<ConvTraits<DGRAD, K, BLOCKS, TAPS, false, E4M3>>; \
   }
 
 }  // namespace sm90

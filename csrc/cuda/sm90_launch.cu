@@ -60,7 +60,10 @@ cudaError_t sm90_fprop(const Sm90Fprop& f, cudaStream_t stream) {
   const char* const op = f.factor ? "fprop_fp8" : "fprop";
   if (refuses(op, f.shape, f.dtype, f.tile) || refuses_launch(f, f.tile)) return cudaErrorInvalidValue;
   const int block_k = block_k_of(f.shape.K);
-  const auto kernel = f.factor ? fprop_e4m3 : f.tile == Sm90Tile::shift3 ? fprop_shift3 : fprop_fetch9;
+  const bool shift3 = f.tile == Sm90Tile::shift3;
+  const auto kernel = f.factor ? (shift3 ? fprop_e4m3_shift3 : fprop_e4m3_fetch9)
+                      : shift3 ? fprop_shift3
+                               : fprop_fetch9;
   return launch(fprop_params(f), f.dtype, kernel(block_k, f.dtype), shared_bytes_of(block_k, f.tile), f.early, stream);
 }
 

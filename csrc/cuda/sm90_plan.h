@@ -59,6 +59,12 @@ struct ConvScalars {
   float* partials = nullptr;
   int* counters = nullptr;
 
+  // Dropout of y or of y_act.
+  bool drop_y = false, drop_act = false;
+  const int64_t* rng = nullptr;
+  uint32_t threshold = 0;
+  float kept = 1.f;  // what an element that stays is multiplied by
+
   // Operands in e4m3: what makes the sums of either source numbers, [K].
   const float* factor = nullptr;
   const float* factor_short = nullptr;
@@ -151,7 +157,6 @@ inline void take_launch(ConvScalars& p, const Sm90Launch& l) {
 inline const char* refuses(const char* op, const ConvShape& s, DType dtype, Sm90Tile tile) {
   const bool dgrad = std::strcmp(op, "dgrad") == 0;
   if (dtype != DType::bf16 && dtype != DType::f16) return "needs bfloat16 or float16";
-  if (std::strcmp(op, "fprop_fp8") == 0 && tile != Sm90Tile::fetch9) return "has fp8 with fetch9 alone";
   if (s.C % 16 || s.K % 16) return "needs C and K to be multiples of 16";
   if (s.stride < 1 || s.stride > 2) return "needs stride 1 or 2";
   if (s.R > 7 || s.S > 7) return "needs a filter of at most 7x7";
@@ -260,6 +265,11 @@ inline ConvParams<MapSpec> fprop_params(const Sm90Fprop& f) {
   p.shift = f.out_shift;
   p.act = f.act_out;
   p.slope = f.slope_out;
+  p.drop_y = f.mask.rng && !f.drop_act;
+  p.drop_act = f.mask.rng && f.drop_act;
+  p.rng = f.mask.rng;
+  p.threshold = f.mask.threshold;
+  p.kept = static_cast<float>(f.mask.scale);
   p.counts = f.counts;
   p.sums = f.moments;
   p.factor = f.factor;

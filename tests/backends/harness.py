@@ -45,9 +45,8 @@ def served(backend, op, seed, fixed):
         return fixed
     rng = random.Random(seed)
     fields = {"C": (16, 32, 48), "K": (16, 32), "short_C": (0, 0, 16), "stride": (1, 1, 2)}
-    one_output = {"act_out": "none"} if fixed.get("drop_at") == "output" else {}
     widened = {name: channels_of(backend, fixed[name]) for name in ("C", "K", "short_C") if name in fixed}
-    return {name: rng.choice(values) for name, values in fields.items()} | one_output | fixed | widened
+    return {name: rng.choice(values) for name, values in fields.items()} | fixed | widened
 
 
 def draw(backend, op, seed, count, dtype, many=False, **fixed):

@@ -61,7 +61,6 @@ def case_of(dtype=torch.bfloat16, seed=1, **fixed):
        ("dgrad", {"C": 20}, "C to be a multiple of 16"), ("wgrad", {"C": 3, "p": 0.5, "drop_at": "prologue"}, "C to"),
        ("fprop", {"short_C": 24}, "24"), ("fprop", {"short_C": 32, "short_stride": 3}, "stride 1 or 2"),
        ("fprop", {"stride": 3}, "stride"), ("fprop", {"R": 9, "S": 9, "pad": (4,) * 4}, "7x7"),
-       ("fprop", {"p": 0.5, "drop_at": "output", "act_out": "relu"}, "second output"),
        ("fprop", {"device": "cpu"}, "cuda tensor"), ("dropout", {"device": "xpu"}, "xpu"),
        ("dropout", {"dtype": torch.int8}, "int8")],
 )  # fmt: skip
@@ -167,6 +166,26 @@ def test_dropout_of_the_source_is_drawn_once(recorder):
     assert recorder.names() == ["pack", "apply", "fprop", "pack", "dgrad", "act_backward"]
     assert recorder.of("apply")["rng"] == recorder.of("act_backward")["rng"] == case.rng.data_ptr()
     assert recorder.of("dgrad")["x"] == 0 and recorder.of("act_backward")["da"] == recorder.of("dgrad")["g"]
+
+
+@pytest.mark.parametrize("drop_at", ["output", "output_act"])
+def test_dropout_of_an_output_is_in_the_convolution(recorder, drop_at):
+    """No pass; y, its statistics and the second output are those of a call that does not drop, times the mask."""
+    case = case_of(p=0.5, drop_at=drop_at, act_out="relu", want_stats=True, prologue=False, affine=False,
+                   act="identity", residual=True)  # fmt: skip
+    case.tensors["out_shift"] = None
+    y, stats, y_act = RUN["fprop"](case)
+    assert recorder.names() == ["pack", "fprop", "merge_moments"]
+    call = recorder.of("fprop")
+    assert (call["rng"], call["p"], call["drop_act"]) == (case.rng.data_ptr(), 0.5, drop_at == "output_act")
+    case.problem = case.problem._replace(p=0.0, drop_at="none")
+    plain_y, _, plain_act = RUN["fprop"](case)
+    times = 2 * wrn_fast.random.keep_mask(y.shape, case.rng, 0.5).to(y.dtype)
+    assert plain_act.any() and torch.equal(y_act, plain_act * times)
+    assert torch.equal(y, plain_y * times if drop_at == "output" else plain_y)
+    assert parity.error(stats, oracle.moments(y.double())) <= parity.one_seed_bound(
+        parity.UNIT[torch.float32], torch.float32
+    )
 
 
 @pytest.mark.parametrize("prologue", [False, True])

@@ -18,12 +18,12 @@ import hypothesis
 import torch
 import torch.nn.functional as F
 from cuda import host_run
-from cuda.host_run import ACTS, DTYPES, TILES, ConvShape, Dgrad, Fprop, Launch, Prologue, Tool, Wgrad, pointer
+from cuda.host_run import ACTS, DTYPES, TILES, ConvShape, Dgrad, Fprop, Launch, Mask, Prologue, Tool, Wgrad, pointer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from wrn_fast import parity
+from wrn_fast import parity, random
 from wrn_fast.backends.aten import act_backward, activate
 
 PADS = ((1, 1, 1, 1), (1, 1, 1, 1), (0, 1, 0, 1), (0, 0, 0, 0), (2, 0, 1, 3))
@@ -64,6 +64,8 @@ class Call:
     blocks: int = 2
     splits: int = 1
     e4m3: bool = False
+    drop_at: str = "none"
+    p: float = 0.5
     tensors: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -105,9 +107,13 @@ def calls(draw: st.DrawFn, narrow: bool = False) -> Call:
         c.bias, c.residual = draw(st.booleans()), draw(st.booleans())
         c.act_out, c.affine_out = pick("none", "identity", "relu", "leaky_relu"), draw(st.booleans())
         c.want_y = c.act_out == "none" or pick(True, True, True, False)
+        c.drop_at = pick("none", "none", "output", "none" if c.act_out == "none" else "output_act")
+        # Powers of two by which a kept number is multiplied, and none.
+        c.p = pick(0.5, 0.5, 0.75, 1.0)
     c.want_sums = draw(st.booleans()) and c.want_y
-    if op == "fprop" and c.tile == "fetch9" and pick(False, False, True):
+    if op == "fprop" and pick(False, False, True):
         c.e4m3, c.prologue, c.short_prologue = True, False, False
+        c.C = pick(c.C, c.C, 160)
     if op != "wgrad" and c.tile == "fetch9":
         c.splits = pick(1, 1, 1, 2, 3, 6)
     c.seed = draw(st.integers(0, 2**31 - 1))
@@ -183,6 +189,8 @@ def tensors_of(c: Call) -> dict[str, Tensor]:
         t |= {name: 2 ** integers(g, -3, 2, c.K) for name in ("factor", "factor_short")}
     if c.bias:
         t["bias"] = integers(g, -8, 8, c.K)
+    if c.drop_at != "none":
+        t["rng"] = torch.randint(0, 2**63 - 1, (2,), generator=g)
     if c.residual:
         t["residual"] = integers(g, -20, 20, c.N, c.P, c.Q, c.K)
     if c.act_out != "none" and c.affine_out:
@@ -202,9 +210,14 @@ def fprop_oracle(c: Call, t: dict[str, Tensor], rounded: bool = False) -> tuple[
             s = affine_act(s, t["scale_short"], t["shift_short"], "relu")
         y = y + factor_short * F.conv2d(channels_first(s), channels_first(t["w_short"]), stride=c.short_stride)
     y = y.permute(0, 2, 3, 1) + t.get("bias", 0.0) + t.get("residual", 0.0)
+    y = dropped(c, t, y, "output")
     if c.act_out == "none":
         return y, None
-    return y, affine_act(y, t.get("out_scale"), t.get("out_shift"), c.act_out)
+    return y, dropped(c, t, affine_act(y, t.get("out_scale"), t.get("out_shift"), c.act_out), "output_act")
+
+
+def dropped(c: Call, t: dict[str, Tensor], v: Tensor, where: str) -> Tensor:
+    return v if c.drop_at != where else random.dropout(channels_first(v), t["rng"], c.p).permute(0, 2, 3, 1)
 
 
 def dgrad_oracle(c: Call, t: dict[str, Tensor]) -> Tensor:
@@ -244,6 +257,10 @@ def run_fprop(tool: Tool, c: Call) -> str | None:
             args.short_prologue = Prologue(pointer(t["scale_short"]), pointer(t["shift_short"]), ACTS.index("relu"))
     args.factor, args.factor_short = pointer(t.get("factor")), pointer(t.get("factor_short"))
     args.bias, args.residual = pointer(t.get("bias")), pointer(t.get("residual"))
+    if c.drop_at != "none":
+        below = min(random.threshold(c.p), 2**32 - 1)
+        args.mask = Mask(pointer(exact["rng"]), below, 0.0 if c.p == 1 else 1 / (1 - c.p))
+        args.drop_act = c.drop_at == "output_act"
     if c.want_y:
         args.y = pointer(y)
     if c.act_out != "none":

@@ -135,6 +135,9 @@ inline float load_float(uint32_t address) {
   machine->read(address, &v, 4);
   return v;
 }
+inline void store_word(uint32_t address, uint32_t v) {
+  machine->write(address, &v, 4);
+}
 inline void store_float(uint32_t address, float v) {
   machine->write(address, &v, 4);
 }
@@ -198,7 +201,8 @@ inline int count_up(int* counter) {
 inline float from_other_block(const float* p) {
   return *p;
 }
-inline float from_global(const float* p) {
+template <class T>
+inline T from_global(const T* p) {
   return *p;
 }
 

@@ -21,30 +21,16 @@ using Kernel = void (*)(const ConvParams<MapSpec>&);
 #define SHIFT3 SM90_SHIFT3
 #endif
 
-template <bool dgrad, int block_k, int blocks, int row_taps>
+template <bool dgrad, bool e4m3, int block_k, int blocks, int taps>
 Kernel kernel_of(DType dtype) {
-  return dtype == DType::f16 ? conv_body<ConvTraits<dgrad, block_k, blocks, row_taps, true>, ConvParams<MapSpec>>
-                             : conv_body<ConvTraits<dgrad, block_k, blocks, row_taps, false>, ConvParams<MapSpec>>;
+  return dtype == DType::f16 ? conv_body<ConvTraits<dgrad, block_k, blocks, taps, true, e4m3>, ConvParams<MapSpec>>
+                             : conv_body<ConvTraits<dgrad, block_k, blocks, taps, false, e4m3>, ConvParams<MapSpec>>;
 }
 
-template <int block_k>
-Kernel e4m3_of(DType dtype) {
-  return dtype == DType::f16 ? conv_body<ConvTraits<false, block_k, 1, 1, true, true>, ConvParams<MapSpec>>
-                             : conv_body<ConvTraits<false, block_k, 1, 1, false, true>, ConvParams<MapSpec>>;
-}
-
-Kernel choose_e4m3(int block_k, DType dtype) {
-#define CASE(k, t, blocks, taps) \
-  if (block_k == k) return e4m3_of<k>(dtype);
-  FETCH9(CASE)
-#undef CASE
-  return nullptr;
-}
-
-template <bool dgrad>
+template <bool dgrad, bool e4m3>
 Kernel choose(int block_k, Sm90Tile tile, DType dtype) {
 #define CASE(k, t, blocks, taps) \
-  if (block_k == k && tile == Sm90Tile::t) return kernel_of<dgrad, k, blocks, taps>(dtype);
+  if (block_k == k && tile == Sm90Tile::t) return kernel_of<dgrad, e4m3, k, blocks, taps>(dtype);
   FETCH9(CASE)
   SHIFT3(CASE)
 #undef CASE
@@ -97,7 +83,7 @@ int host_fprop(const Sm90Fprop* f, uint64_t seed, int blocks, char* message, int
     m.allow(v, pixels(s) * s.K * 2);
   }
   const int block_k = block_k_of(s.K);
-  const Kernel kernel = f->factor ? choose_e4m3(block_k, f->dtype) : choose<false>(block_k, f->tile, f->dtype);
+  const Kernel kernel = (f->factor ? choose<false, true> : choose<false, false>)(block_k, f->tile, f->dtype);
   return run(m, kernel, fprop_params(*f), blocks, message, size);
 }
 
@@ -108,7 +94,7 @@ int host_dgrad(const Sm90Dgrad* d, uint64_t seed, int blocks, char* message, int
   m.allow(d->w, packed_bytes(s.C, s.K, s.R, s.S));
   m.allow(d->x, s.N * s.H * s.W * s.C * 2);
   m.allow(d->g, s.N * s.H * s.W * s.C * 2);
-  return run(m, choose<true>(block_k_of(s.C), d->tile, d->dtype), dgrad_params(*d), blocks, message, size);
+  return run(m, choose<true, false>(block_k_of(s.C), d->tile, d->dtype), dgrad_params(*d), blocks, message, size);
 }
 
 int host_wgrad(const Sm90Wgrad* w, uint64_t seed, int multiprocessors, char* message, int size) {

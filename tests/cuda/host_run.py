@@ -7,7 +7,21 @@ import os
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from ctypes import POINTER, Structure, byref, c_bool, c_char_p, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import (
+    POINTER,
+    Structure,
+    byref,
+    c_bool,
+    c_char_p,
+    c_double,
+    c_float,
+    c_int,
+    c_int32,
+    c_int64,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+)
 from pathlib import Path
 
 import pytest
@@ -35,6 +49,10 @@ class Prologue(Structure):
     _fields_ = [("scale", c_void_p), ("shift", c_void_p), ("act", c_int32), ("slope", c_float)]
 
 
+class Mask(Structure):
+    _fields_ = [("rng", c_void_p), ("threshold", c_uint32), ("scale", c_double)]
+
+
 class Launch(Structure):
     _fields_ = [("splits", c_int32), ("partials", c_void_p), ("counters", c_void_p), ("early", c_bool)]
 
@@ -45,9 +63,9 @@ class Fprop(Structure):
         ("shape", ConvShape), ("dtype", c_int32), ("tile", c_int32), ("x", c_void_p), ("prologue", Prologue),
         ("w", c_void_p), ("x_short", c_void_p), ("short_H", c_int64), ("short_W", c_int64), ("short_C", c_int64),
         ("short_stride", c_int32), ("short_prologue", Prologue), ("w_short", c_void_p), ("factor", c_void_p),
-        ("factor_short", c_void_p), ("bias", c_void_p),
-        ("residual", c_void_p), ("y", c_void_p), ("y_act", c_void_p), ("act_out", c_int32), ("slope_out", c_float),
-        ("out_scale", c_void_p), ("out_shift", c_void_p), ("counts", c_void_p), ("moments", c_void_p),
+        ("factor_short", c_void_p), ("bias", c_void_p), ("residual", c_void_p), ("mask", Mask), ("drop_act", c_bool),
+        ("y", c_void_p), ("y_act", c_void_p), ("act_out", c_int32), ("slope_out", c_float), ("out_scale", c_void_p),
+        ("out_shift", c_void_p), ("counts", c_void_p), ("moments", c_void_p),
     ]  # fmt: skip
 
 

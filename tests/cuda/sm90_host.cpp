@@ -1,6 +1,7 @@
 // sm90.h by its words, in plain loops: what the adapter may rely on, for tests of everything around the kernels. The
 // kernels themselves run on the CPU in host_run.cpp.
 #include "common_host.h"
+#include "cuda/common_philox.h"
 #include "cuda/sm90_plan.h"
 
 namespace wrn_fast {
@@ -25,6 +26,13 @@ float activate_backward(float g, float v, Act act, float slope) {
   if (act == Act::silu) return g * (s * (1.f + v * (1.f - s)));
   if (act == Act::leaky_relu) return v > 0.f ? g : g * slope;
   return g;
+}
+
+// Element i of a tensor that is dropped.
+float dropped(float v, const cuda::Mask& mask, int64_t i) {
+  const PhiloxWords drawn =
+      philox(static_cast<uint64_t>(i) >> 2, static_cast<uint64_t>(mask.rng[0]), static_cast<uint64_t>(mask.rng[1]));
+  return v * (drawn.w[i & 3] >= mask.threshold ? static_cast<float>(mask.scale) : 0.f);
 }
 
 template <class T>
@@ -83,10 +91,13 @@ void fprop(const Sm90Fprop& a) {
                  source(x_short, a.short_prologue, n, p * a.short_stride, q * a.short_stride, c) * w_short(k, 0, 0, c);
       if (a.bias) sum += a.bias[k];
       if (a.residual) sum += widen(static_cast<const T*>(a.residual)[i * s.K + k]);
+      if (a.mask.rng && !a.drop_act) sum = dropped(sum, a.mask, i * s.K + k);
       if (a.y) static_cast<T*>(a.y)[i * s.K + k] = narrow<T>(sum);
       if (!a.y_act) continue;
       const float z = sum * (a.out_scale ? a.out_scale[k] : 1.f) + (a.out_shift ? a.out_shift[k] : 0.f);
-      static_cast<T*>(a.y_act)[i * s.K + k] = narrow<T>(activate(z, a.act_out, a.slope_out));
+      const float act = activate(z, a.act_out, a.slope_out);
+      static_cast<T*>(a.y_act)[i * s.K + k] =
+          narrow<T>(a.mask.rng && a.drop_act ? dropped(act, a.mask, i * s.K + k) : act);
     }
   }
   for (int64_t part = 0; a.moments && part < parts; ++part) {

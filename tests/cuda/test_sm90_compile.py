@@ -17,7 +17,7 @@ WGRAD = [(k, halo) for k in (16, 32, 48, 64, 80, 96, 128, 160) for halo in (True
 DTYPES = {"BF16": "false", "F16": "true"}
 # Batches of 1 to 4 steps of 16 channels.
 BATCHES = (1, 2, 3, 4)
-CONSUMER_REGISTERS = {"conv": 224, "wgrad": 152}
+CONSUMER_REGISTERS = {"conv": 216, "e4m3": 224, "wgrad": 152}
 
 
 def nvcc():
@@ -69,7 +69,7 @@ def check(log, instructions, kind, shape, products, batches):
     assert count(instructions, "USETMAXREG") == 2
     highest = max(int(r) for line in instructions for r in re.findall(r"\bR(\d+)\b", line))
     assert highest < CONSUMER_REGISTERS[kind]
-    for name in ("UTMALDG", "SYNCS", *(("UTMASTG", "UBLKCP", "STSM") if kind == "conv" else ())):
+    for name in ("UTMALDG", "SYNCS", *(("UTMASTG", "UBLKCP", "STSM") if kind != "wgrad" else ())):
         assert count(instructions, name), f"no {name}"
 
 
@@ -80,10 +80,11 @@ def check_conv(folder, dgrad, block_k, blocks, row_taps, dtype):
     check(log, instructions, "conv", shape, blocks * sum(BATCHES), len(BATCHES))
 
 
-def check_e4m3(folder, block_k, dtype):
-    traits = f"ConvTraits<false, {block_k}, 1, 1, {DTYPES[dtype]}, true>"
+def check_e4m3(folder, block_k, blocks, row_taps, dtype):
+    traits = f"ConvTraits<false, {block_k}, {blocks}, {row_taps}, {DTYPES[dtype]}, true>"
     log, instructions = compiled(folder, "sm90_conv.cuh", "ConvParams", "kThreads", f"conv_body<{traits}>")
-    check(log, instructions, "conv", f"QGMMA.64x{block_k}x32.F32.E4M3.E4M3", sum(BATCHES), len(BATCHES))
+    shape = f"QGMMA.64x{block_k}x32.F32.E4M3.E4M3"
+    check(log, instructions, "e4m3", shape, blocks * sum(BATCHES), len(BATCHES))
 
 
 def check_wgrad(folder, block_k, halo, dtype):
@@ -100,8 +101,9 @@ def test_the_widest_kernels_compile_to_the_plan(tmp_path, kernel, dgrad):
     check_conv(tmp_path, dgrad, *kernel, "BF16")
 
 
-def test_the_widest_kernel_of_8_bits_compiles_to_the_plan(tmp_path):
-    check_e4m3(tmp_path, 160, "BF16")
+@pytest.mark.parametrize("kernel", [(160, 1, 1), (160, 2, 3)])
+def test_the_widest_kernels_of_8_bits_compile_to_the_plan(tmp_path, kernel):
+    check_e4m3(tmp_path, *kernel, "BF16")
 
 
 @pytest.mark.parametrize("halo", [True, False])
@@ -119,9 +121,9 @@ def test_every_kernel_compiles_to_the_plan(tmp_path, kernel, dgrad, dtype):
 
 @pytest.mark.rotate(1)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("block_k", [k for k, blocks, _ in CONV if blocks == 1])
-def test_every_kernel_of_8_bits_compiles_to_the_plan(tmp_path, block_k, dtype):
-    check_e4m3(tmp_path, block_k, dtype)
+@pytest.mark.parametrize("kernel", CONV)
+def test_every_kernel_of_8_bits_compiles_to_the_plan(tmp_path, kernel, dtype):
+    check_e4m3(tmp_path, *kernel, dtype)
 
 
 @pytest.mark.rotate(1)

@@ -44,21 +44,50 @@ def test_every_compiled_kernel_is_exact(tool, seed, tile, width, op):
     check(tool, call)
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-def test_every_kernel_of_8_bits_is_exact(tool, seed, width):
+@pytest.mark.parametrize("tile, width", SHIPPED)
+def test_every_kernel_of_8_bits_is_exact(tool, seed, tile, width):
     """e4m3 operands of both sources with factors of their own, and everything that the epilogue can do."""
     side = (8, 16, 32)[seed % 3]
     call = Call(
-        "fprop", "fetch9", list(conv_cases.DTYPES)[seed // 3 % 2], (5, 3, 1)[seed % 3], side, side, 48, width,
+        "fprop", tile, list(conv_cases.DTYPES)[seed // 3 % 2], (5, 3, 1)[seed % 3], side, side, 48, width,
         short_C=144, bias=True, residual=True, act_out="relu", want_sums=True, seed=seed, e4m3=True,
     )  # fmt: skip
     check(tool, call)
 
 
-@pytest.mark.parametrize("channels", [16, 32, 112, 128, 144, 160, 320])
-def test_every_remainder_of_the_reduction_in_8_bits_is_exact(tool, seed, channels):
+@pytest.mark.parametrize("tile, channels", [("fetch9", c) for c in (16, 32, 112, 128, 144, 160, 320)]
+                         + [("shift3", c) for c in (112, 144, 160)])  # fmt: skip
+def test_every_remainder_of_the_reduction_in_8_bits_is_exact(tool, seed, tile, channels):
     """Chunks of 1 to 4 steps of 32 channels, the last of them half zeros where C is an odd multiple of 16."""
-    check(tool, Call("fprop", N=1, H=8, W=8, C=channels, K=64, seed=seed, e4m3=True))
+    check(tool, Call("fprop", tile, N=1, H=8, W=8, C=channels, K=64, seed=seed, e4m3=True))
+
+
+@pytest.mark.parametrize("size", [(1, 32, 32), (1, 16, 16), (5, 8, 8), (2, 9, 13), (3, 7, 20)], ids=str)
+def test_the_networks_images_in_8_bits_are_exact(tool, seed, size):
+    """One patch of an image, whole images, four of them, sizes off the tile; 160 channels are 128 and 32."""
+    n, h, w = size
+    check(
+        tool, Call("fprop", "shift3", torch.float16, n, h, w, 160, 64, short_C=16, want_sums=True, e4m3=True, seed=seed)
+    )
+
+
+@pytest.mark.parametrize("e4m3", [False, True], ids=["16 bits", "8 bits"])
+@pytest.mark.parametrize("drop_at", ["output", "output_act"])
+@pytest.mark.parametrize("tile, width", [("fetch9", 80), ("fetch9", 48), ("shift3", 160), ("shift3", 128)])
+def test_dropout_is_the_mask_of_every_backend(tool, seed, tile, width, drop_at, e4m3):
+    """More than one block of channels, tiles off the image, several jobs a block; moments of what was stored."""
+    p = (0.5, 0.75, 1.0)[seed % 3]
+    call = Call(
+        "fprop", tile, torch.bfloat16, 3, 9, 11, 16, 2 * width, prologue=not e4m3, act="relu", residual=True,
+        act_out="relu", want_sums=True, drop_at=drop_at, p=p, e4m3=e4m3, seed=seed,
+    )  # fmt: skip
+    check(tool, call)
+
+
+@pytest.mark.parametrize("splits", [2, 5])
+def test_dropout_of_a_split_reduction_is_exact(tool, seed, splits):
+    call = Call(N=1, H=8, W=8, C=80, K=64, residual=True, want_sums=True, drop_at="output", seed=seed)
+    check(tool, replace(call, blocks=3, splits=splits))
 
 
 @pytest.mark.parametrize("splits", [2, 5, 9])
@@ -113,5 +142,5 @@ def test_what_is_not_served_is_named(tool):
     assert "multiples of 16" in tool.refuses("fprop", Call(C=24).shape, torch.bfloat16, "fetch9")
     assert "3x3" in tool.refuses("fprop", Call(K=64, stride=2).shape, torch.bfloat16, "shift3")
     assert "blocks of" in tool.refuses("dgrad", Call(C=16).shape, torch.bfloat16, "shift3")
-    assert "fetch9" in tool.refuses("fprop_fp8", Call(K=64).shape, torch.bfloat16, "shift3")
+    assert "3x3" in tool.refuses("fprop_fp8", Call(K=64, R=1).shape, torch.bfloat16, "shift3")
     assert "stride" in tool.refuses("fprop", Call(stride=3).shape, torch.bfloat16, "fetch9")

@@ -73,6 +73,33 @@ MISTAKES = {
     "the residual is asked for while the grid before still writes it": (
         "sm90_conv.cuh", "    hw::wait_for_prior_grid();\n    consume", "    consume", "before griddepcontrol.wait",
     ),
+    "the mask of a job is drawn over the one before": (
+        "sm90_dropout.cuh", "hw::barrier_wait(base + M::barrier(M::kMaskEmpty), mask_phase(job) ^ 1);", "(void)job;",
+        "surely written|write over|may still",
+    ),
+    "the mask is not waited for": (
+        "sm90_conv.cuh", "hw::barrier_wait(base + M::barrier(M::kMaskFull), mask_phase(hw::fresh(job)));", "{}",
+        "nobody wrote|surely written|differ",
+    ),
+    "a block whose split another one ends keeps its mask": (
+        "sm90_conv.cuh", "          give_mask();\n", "", "deadlock",
+    ),
+    "the mask is given back before it is read": (
+        "sm90_conv.cuh", "    if constexpr (T::blocks == 1) {\n      if (!whole)",
+        "    if (draws<T>(p) && elected) hw::barrier_arrive(base + M::barrier(M::kMaskEmpty));\n"
+        "    if constexpr (T::blocks == 1) {\n      if (!whole)",
+        "surely written|overrun|write over|may still|deadlock",
+    ),
+    "a lane multiplies by its neighbour's bits": (
+        "sm90_dropout.cuh", ">> (2 * (lane & 3))", ">> (2 * (lane & 1))", "values differ",
+    ),
+    "elements are counted over the tiles": (
+        "sm90_index.h", "* e.P + at.p) * e.Q + at.q) * K + k;", "* e.P + at.p) * e.Q + at.q % 8) * K + k;",
+        "values differ",
+    ),
+    "the main source's sums keep their unit before the shortcut": (
+        "sm90_e4m3.cuh", "now && column < T::block_k", "now && column < 32", "values differ",
+    ),
     "a split reduction adds one piece twice": (
         "sm90_conv.cuh", "consumer, s, i, t));", "consumer, most(s, 1), i, t));", "values differ",
     ),
@@ -82,7 +109,9 @@ CALLS = (
     Call("fprop", "fetch9", H=9, W=11, N=3, C=80, K=32, prologue=True, act="relu", residual=True, act_out="relu",
          want_sums=True, blocks=1),
     Call("fprop", "shift3", H=9, W=11, N=3, C=80, K=64, prologue=True, act="relu", want_sums=True, blocks=1),
-    Call("fprop", "fetch9", C=80, K=32, splits=3),
+    Call("fprop", "fetch9", C=80, K=32, splits=3, drop_at="output"),
+    Call("fprop", "shift3", N=3, H=9, W=11, C=160, K=64, short_C=16, act_out="relu", drop_at="output_act", e4m3=True,
+         blocks=1),
 )  # fmt: skip
 
 

@@ -6,7 +6,8 @@ nothing back, and so may be captured on its first call. A float32 filter is cast
 `kernels/cuda_weights.py` says how long a pack is kept.
 
 Numerics: products of 16-bit operands, sums in float32, one rounding at the store; bn(x) = x * scale + shift in float32,
-rounded once where it enters the product. Dropout is a pass of its own.
+rounded once where it enters the product. Dropout before a convolution is in the pass that makes act(bn(x)); dropout of
+an output is in the convolution's epilogue.
 """
 
 from __future__ import annotations
@@ -128,8 +129,6 @@ def _refused_convolution(op: str, problem: ConvProblem) -> str | None:
             return f"needs a multiple of {STEP} channels in the shortcut, got {problem.short_C}"
         if problem.short_C and problem.short_stride > 2:
             return f"needs a shortcut of stride 1 or 2, got {problem.short_stride}"
-        if problem.drop_at == "output" and problem.p > 0 and problem.act_out != "none":
-            return "has no second output of a dropped first one"
     refused = extension().refuses(op, cuda_launch.shape_of(extension(), problem), CODES[problem.dtype], 0)
     return None if refused is None else str(refused)
 
@@ -179,15 +178,18 @@ def config(op: str, problem: ConvProblem, index: int | None) -> Tile:
         RuntimeError: the extension is not there.
     """
     row = None if index is None else _row(op, problem, index)
-    small = op != "wgrad" and cuda_launch.splits_of(extension(), problem, op == "dgrad", index) > 1
+    e4m3 = op == "fprop_fp8"
+    small = op != "wgrad" and cuda_launch.splits_of(extension(), problem, op == "dgrad", index, e4m3) > 1
     tiles = [*([Tile(_ROWS[row["rows"]], row["apply"])] if row else []), *([] if small else [Tile(1)]), Tile(0)]
     return next(tile for tile in tiles if legal(op, problem, tile))
 
 
 def legal(op: str, problem: ConvProblem, tile: Tile) -> bool:
     """Does the kernel of this tile serve the problem?"""
-    if op in ("wgrad", "fprop_fp8"):
+    if op == "wgrad":
         return tile == Tile(0)
+    if op == "fprop_fp8" and tile.apply:  # what precedes the convolution is in the pass that rounds to e4m3
+        return False
     return extension().refuses(op, cuda_launch.shape_of(extension(), problem), CODES[problem.dtype], tile.kind) is None
 
 
@@ -243,11 +245,9 @@ def launch(op: str, problem: ConvProblem, tile: Tile | None, *tensors: Any) -> A
     """Runs a convolution with the given tile (None: the chosen one); `fprop_fp8` with the ranges after the tensors."""
     if op == "wgrad":
         return cuda_launch.wgrad(extension(), problem, *tensors)
-    if op == "fprop_fp8":
-        return cuda_launch.fprop(extension(), problem, Tile(), *tensors)
     device = tensors[0].device
     tile = tile or config(_KERNEL_OF.get(op, op), problem, device.index if device.type == "cuda" else None)
-    return getattr(cuda_launch, op)(extension(), problem, tile, *tensors)
+    return getattr(cuda_launch, op.removesuffix("_fp8"))(extension(), problem, tile, *tensors)
 
 
 def fprop(

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from wrn_fast import random
 from wrn_fast.kernels import passed, selfcheck
 from wrn_fast.kernels.configs import TileConfig
 from wrn_fast.problem import ConvProblem
@@ -29,7 +30,8 @@ def reason(op: str, problem: ConvProblem, tile: tuple, library: str, device: tor
 
     Args:
         op: fprop, fprop_fp8, dgrad or wgrad.
-        problem: what is to be served; the check is made once for all problems with its dtype, filter and prologue.
+        problem: what is to be served; the check is made once for all problems with its dtype, filter, prologue and
+            dropout of an output.
         tile: what else distinguishes the kernel.
         library: the file of the extension.
         device: a GPU.
@@ -38,21 +40,31 @@ def reason(op: str, problem: ConvProblem, tile: tuple, library: str, device: tor
     source = problem.prologue or problem.act != "identity"
     dtype = str(problem.dtype).removeprefix("torch.")
     filters = f"{problem.C}-{problem.K} {problem.R}x{problem.S}/{problem.stride}"
-    name = f"{op} {dtype} {filters} {'act' if source else 'plain'} {tile}"
+    drop = " drop" if _drops(problem) else ""
+    name = f"{op} {dtype} {filters} {'act' if source else 'plain'}{drop} {tile}"
     check_it = functools.partial(check, op, problem, device, run)
     return passed.once(_seen, f"{device} {name}", _file_name(library, device), name, check_it)
+
+
+def _drops(problem: ConvProblem) -> bool:
+    return problem.p > 0 and problem.drop_at in ("output", "output_act")
 
 
 def check(op: str, problem: ConvProblem, device: torch.device, run: Run) -> str | None:
     """Run `op` on integers. A sentence that says what was wrong, or None."""
     # The columns of the kernel that would serve, two chunks of the reduction of fprop.
+    chunk = 128 if op == "fprop_fp8" else 64
     channels = -(-problem.C // 16) * 16
     columns = channels if op == "dgrad" else problem.K
     pass_ = op.removesuffix("_fp8")
-    small, tensors = selfcheck.integers(pass_, problem, TileConfig(channels, 64, (columns, 0), 8, 1))
+    small, tensors = selfcheck.integers(pass_, problem, TileConfig(channels, chunk, (columns, 0), 8, 1))
     want = selfcheck.exact(pass_, small, tensors)
     names = {"fprop": ("x", "w"), "dgrad": ("dy", "x", "w"), "wgrad": ("dy", "x")}[pass_]
     given = [tensors[name] for name in (*names, "stats", "gamma", "beta")]
+    if pass_ == "fprop" and _drops(problem):
+        rng = torch.tensor([2**40 + 7, 2**33 + 5])
+        small, want = small._replace(p=0.5, drop_at="output"), random.dropout(want, rng, 0.5)
+        given += [None] * 7 + [rng]
     try:
         got = run(small, *(None if v is None else v.to(device) for v in given)).cpu()
     except RuntimeError as error:

@@ -22,7 +22,6 @@ from wrn_fast.kernels.cuda_passes import (
     queue,
     rows_of,
     scratch,
-    stats_of,
     vector,
 )  # fmt: skip
 from wrn_fast.kernels.cuda_weights import affine, packed, packed_e4m3, zeros
@@ -140,7 +139,8 @@ def fprop(
     """(y, stats_y, y_act); an absent output has 0 elements. `ranges`, of both sources: operands in e4m3."""
     with queue("fprop", problem, x) as stream:
         p, shape = problem, shape_of(e, problem)
-        dropping = {where: p.p if p.drop_at == where else 0.0 for where in ("prologue", "output", "output_act")}
+        in_prologue = p.p if p.drop_at == "prologue" else 0.0
+        in_kernel = p.p if p.drop_at in ("output", "output_act") else 0.0
         filters = _filters(e, p, w, ranges[0], stream)
         short = filters_short = None
         if x_short is not None:
@@ -151,7 +151,7 @@ def fprop(
                 0.0, stream, ranges[1],
             )  # fmt: skip
         source = _source(
-            e, tile.apply, x, stats, gamma, beta, p.eps, p.act, p.slope, rng, dropping["prologue"], stream, ranges[0]
+            e, tile.apply, x, stats, gamma, beta, p.eps, p.act, p.slope, rng, in_prologue, stream, ranges[0]
         )  # fmt: skip
         packed_short, factor_short = (
             (None, None) if filters_short is None else (filters_short.image, filters_short.factor)
@@ -163,7 +163,7 @@ def fprop(
         y = new(x, *size) if p.want_y or p.want_stats else None
         y_act = new(x, *size) if p.act_out != "none" else None
         counts = moments = None
-        if p.want_stats and dropping["output"] == 0:
+        if p.want_stats:
             parts = e.parts(shape, False, tile.kind)
             counts = torch.empty(parts, dtype=torch.float32, device=x.device)
             moments = torch.empty((parts, 2, p.K), dtype=torch.float32, device=x.device)
@@ -181,12 +181,9 @@ def fprop(
             act_out=0 if p.act_out == "none" else ACTS.index(p.act_out), out_scale=ptr(out_scale),
             out_shift=ptr(out_shift), counts=ptr(counts), moments=ptr(moments),
             **_pieces(e, p, tile, False, x, early, stream, filters.factor is not None), stream=stream,
-            factor=ptr(filters.factor), factor_short=ptr(factor_short),
+            factor=ptr(filters.factor), factor_short=ptr(factor_short), rng=ptr(rng) if in_kernel > 0 else 0,
+            p=in_kernel, drop_act=p.drop_at == "output_act",
         )  # fmt: skip
-        if y is not None and dropping["output"] > 0:
-            bn_act(e, y, None, None, None, 0.0, "identity", 0.0, rng, p.p, stream, into=y)
-        if y_act is not None and dropping["output_act"] > 0:
-            bn_act(e, y_act, None, None, None, 0.0, "identity", 0.0, rng, p.p, stream, into=y_act)
         stats_y = absent(x, torch.float32)
         if counts is not None and moments is not None:
             stats_y = torch.empty((2, p.K), dtype=torch.float32, device=x.device)
@@ -195,9 +192,6 @@ def fprop(
                 wide=FLOAT32, C=p.K, counts=ptr(counts), moments=ptr(moments), parts=len(counts),
                 stats=ptr(stats_y), workspace=ptr(workspace), stream=stream,
             )  # fmt: skip
-        elif p.want_stats:
-            assert y is not None
-            stats_y = stats_of(e, y, stream)
         return (
             y if y is not None and p.want_y else absent(x, p.dtype),
             stats_y,

@@ -77,12 +77,12 @@ def rows_of(x: Tensor) -> dict[str, int]:
 
 def bn_act(
     e: Any, x: Tensor, stats: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float, act: str,
-    slope: float, rng: Tensor | None, p: float, stream: int, into: Tensor | None = None,
+    slope: float, rng: Tensor | None, p: float, stream: int,
 ) -> Tensor:  # fmt: skip
     """act(bn(x)) * mask / (1 - p)."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     stats, gamma, beta = (vector(v, wide) for v in (stats, gamma, beta))
-    y = torch.empty_like(x, memory_format=torch.channels_last) if into is None else into
+    y = torch.empty_like(x, memory_format=torch.channels_last)
     e.apply(
         **rows_of(x), x=ptr(x), stats=ptr(stats), gamma=ptr(gamma), beta=ptr(beta), eps=eps, act=ACTS.index(act),
         slope=slope, rng=ptr(rng) if p > 0 else 0, p=p, y=ptr(y), stream=stream,
