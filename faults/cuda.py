@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from faults.patch import NO_CODE, Absent, Check, Patch
 
-CONV, EPILOGUE, INDEX, PLAN, ROWS, PASSES, FOLD, STATS = (
+CONV, PRODUCER, EPILOGUE, INDEX, PLAN, ROWS, PASSES, FOLD, STATS = (
     f"csrc/cuda/{name}"
     for name in (
-        "sm90_conv.cuh", "sm90_epilogue.cuh", "sm90_index.h", "sm90_plan.h", "common_rows.cuh", "common_passes.cu",
-        "common_fold.cu", "common_stats.cu",
+        "sm90_conv.cuh", "sm90_producer.cuh", "sm90_epilogue.cuh", "sm90_index.h", "sm90_plan.h", "common_rows.cuh",
+        "common_passes.cu", "common_fold.cu", "common_stats.cu",
     )
 )  # fmt: skip
 LAUNCH, LAUNCH_PASSES = "wrn_fast/kernels/cuda_launch.py", "wrn_fast/kernels/cuda_passes.py"
@@ -22,14 +22,27 @@ BACKWARD = Check(KERNELS, "act_backward_is_exact")
 EXACT, PRIMITIVES = "tests/backends/test_exact.py", "tests/backends/test_primitives.py"
 
 STORE_Y = "if (p.has_y) store_rows<T>"
-SIDE = """      if (p.has_side) {
-        const uint32_t r = load_side<T>(at, h, column);
-        low += hw::low_half<T::fp16>(r);
-        high += hw::high_half<T::fp16>(r);
-      }
+SIDE = "  if (p.has_side) add_side<T>(at, g, acc);\n"
+LEFT = "  if (!p.sums) return;\n"
+TO_ROUND = (
+    SIDE
+    + "  if (p.drop_y) drop_group<T>(p, at.mask, at.lane, g, acc);\n"
+    + LEFT
+    + """\
+  float sum[4], square[4], pivot[4];
+#pragma unroll
+  for (int c = 0; c < 4; c += 2) {
+    const int j = 2 * g + c / 2;
+    float stored[2][2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) round_pair<T>(acc[acc_reg(j, h, 0)], acc[acc_reg(j, h, 1)], stored[h]);
 """
-ROUND = "      round_pair<T>(low, high, stored[h]);\n"
-SOURCE = "      const Source& s = *k.source;\n      const int channel = k.chunk * kChunk + group * 8;\n"
+)
+# The residual only after the values that the moments are of.
+LATE_SIDE = TO_ROUND.replace(SIDE, "").replace(LEFT, "  if (!p.sums) {\n" + SIDE + "  return;\n  }\n") + SIDE.replace(
+    "(p.has", "(c == 2 && p.has"
+)
+SOURCE = "    const Source& s = *k.source;\n    const int channel = k.chunk * kChunk + group * 8;\n"
 WAITED = """  hw::wgmma_wait<0>();
 #pragma unroll
   for (int m = 0; m < T::blocks; ++m) hw::pin(acc[m]);
@@ -50,16 +63,16 @@ PREVIOUS = """    last = stats_of.__dict__
 """
 
 PATCHES: dict[int, Patch | Absent] = {
-    1: Patch(CONV, "v.word[i] = in ? ", "v.word[i] = in || true ? ", HOPPER),
+    1: Patch(PRODUCER, "v.word[i] = in ? ", "v.word[i] = in || true ? ", HOPPER),
     2: Patch(INDEX, "at.q >= 0 && at.q < e.Q &&", "at.q >= 0 &&", HOPPER),
     3: Patch(EPILOGUE, STORE_Y,
              "if (p.has_y && (p.schedule.k_blocks == 1 || j.k_block + 1 < p.schedule.k_blocks)) store_rows<T>", HOPPER),
     4: Patch(INDEX, "return s.splits * s.k_blocks * pixel_tiles(s);",
              "return s.splits * s.k_blocks * most(1, pixel_tiles(s) - 1);", HOPPER),
-    5: Patch(CONV, "main = chunks_of(p.source.channels, T::chunk) *",
+    5: Patch(PRODUCER, "main = chunks_of(p.source.channels, T::chunk) *",
              "main = (chunks_of(p.source.channels, T::chunk) - (p.source.channels > T::chunk)) *", HOPPER),
     6: Patch(INDEX, "return {0, 1, taps, -pad_low, 1};", "return {0, 1, most(1, taps - 1), -pad_low, 1};", BRUTE_FORCE),
-    7: Patch(CONV, "tap_of(s.columns[k.parity & 1], column), tap_of(s.rows[k.parity >> 1], i));",
+    7: Patch(PRODUCER, "tap_of(s.columns[k.parity & 1], column), tap_of(s.rows[k.parity >> 1], i));",
              "tap_of(s.rows[k.parity >> 1], i), tap_of(s.columns[k.parity & 1], column));", HOPPER),
     8: Patch(INDEX, "const int first = (parity + pad_low) % step;",
              "const int first = (parity + pad_low + 1) % step;", BRUTE_FORCE),
@@ -68,7 +81,7 @@ PATCHES: dict[int, Patch | Absent] = {
     10: Patch(CONV, "job_of(p.schedule, hw::fresh(job)), c",
               "job_of(p.schedule, hw::fresh(jobs > 2 && job + 2 >= jobs ? 2 * jobs - 3 - job : job)), c", HOPPER),
     11: Patch(PLAN, "    take_prologue(p.source_short, f.short_prologue);\n", "", HOPPER),
-    12: Patch(EPILOGUE, SIDE, SIDE.replace("hw::low_half<T::fp16>(r)", "hw::max_nan(hw::low_half<T::fp16>(r), 0.f)"),
+    12: Patch(EPILOGUE, "h, 0)] += hw::low_half<T::fp16>(r);", "h, 0)] += hw::max_nan(hw::low_half<T::fp16>(r), 0.f);",
               HOPPER),
     13: Patch(EPILOGUE, SIDE, SIDE.replace("(p.has_side)", "(p.has_side && g + 1 < T::block_k / 16)"), HOPPER),
     14: Patch(ROWS, "sqrt(variance + eps)", "(sqrt(variance) + eps)", Check(KERNELS, "apply_of_silu")),
@@ -76,11 +89,11 @@ PATCHES: dict[int, Patch | Absent] = {
     16: Patch(FOLD, f"(f.beta ? {BETA} : W(0)) - mean", f"(f.beta && scale != W(0) ? {BETA} : W(0)) - mean", TABLE),
     17: Patch(FOLD, f"rstd * {GAMMA}", f"rstd * {GAMMA}".replace("c)", "c + 1 == f.C ? 0 : c)"), TABLE),
     18: Patch(FOLD, f"rstd * {GAMMA}", f"rstd * ({GAMMA} < W(0) ? -{GAMMA} : {GAMMA})", TABLE),
-    19: Patch(CONV, SOURCE, SOURCE.replace("Source& s", "Source& original")
+    19: Patch(PRODUCER, SOURCE, SOURCE.replace("Source& s", "Source& original")
               .replace(";\n", ";\n      Source s = original;\n", 1)
               + "      if (channel + 8 == s.channels && s.act == Act::relu) s.act = Act::silu;\n", HOPPER),
-    20: Patch(EPILOGUE, SIDE, "      float once[2];\n" + ROUND.replace("stored[h]", "once")
-              + "      low = once[0];\n      high = once[1];\n" + SIDE, HOPPER),
+    20: Patch(EPILOGUE, SIDE, "  for (int i = 8 * g; i < 8 * (g + 1); ++i)\n"
+              "    acc[i] = hw::low_half<T::fp16>(hw::pack<T::fp16>(acc[i], 0.f));\n" + SIDE, HOPPER),
     21: Patch(CONV, WAITED, WAITED + "#pragma unroll\n  for (int m = 0; m < T::blocks; ++m)\n"
               "    for (float& v : acc[m]) v = hw::low_half<false>(hw::pack<false>(v, 0.f));\n", HOPPER),
     22: Absent(NO_CODE, "convolutions of 16-bit operands alone; float32 is refused"),
@@ -90,7 +103,7 @@ PATCHES: dict[int, Patch | Absent] = {
     28: Patch(STATS, "+ parts.offset(part, c)) * parts.counts[part];\n          rows += parts.counts[part];",
               "+ parts.offset(part, c));\n          rows += W(1);", Check(KERNELS, "merge_of_moments")),
     29: Patch(LAUNCH_PASSES, RETURNED, RETURNED + PREVIOUS, Check(PRIMITIVES, "channel_stats and cuda")),
-    30: Patch(EPILOGUE, SIDE + ROUND, ROUND + SIDE, HOPPER),
+    30: Patch(EPILOGUE, TO_ROUND, LATE_SIDE, HOPPER),
     32: Patch(EPILOGUE, "g[i] = v[i] <= 0.f ? 0.f : g[i];", "g[i] = v[i] < 0.f ? 0.f : g[i];", HOPPER),
     33: Patch(EPILOGUE, "const float v[2] = {hw::fused(x[0], scale[0], shift[0]), hw",
               "(void)scale, (void)shift;\n      const float v[2] = {x[0], true ? x[1] : hw", HOPPER),
@@ -113,9 +126,9 @@ PATCHES: dict[int, Patch | Absent] = {
               Check(NARROW, "schedule")),
     45: Patch(STATS, "if (i >= count) return;", "if (i > count) return;",
               Check("tests/backends/test_guards.py", "past_the_end and cuda-dgrad")),
-    46: Patch(LAUNCH_PASSES, "memory_format=torch.channels_last) if into is None else into",
-              "memory_format=torch.channels_last) if into is None else into\n    y = x if p == 0 else y",
+    46: Patch(LAUNCH_PASSES, "y = torch.empty_like(x, memory_format=torch.channels_last)\n    e.apply(",
+              "y = x if p == 0 else torch.empty_like(x, memory_format=torch.channels_last)\n    e.apply(",
               Check(EXACT, "inputs_stay and cuda-wgrad")),
     47: Patch(LAUNCH_PASSES, STREAM, "return 0", Check("tests/backends/test_cuda.py", "current_stream")),
-    48: Patch(CONV, "hw::barrier_wait(base + M::barrier(M::kBEmpty + b.index), b.phase ^ 1);", "", HOPPER),
+    48: Patch(PRODUCER, "hw::barrier_wait(base + M::barrier(M::kBEmpty + b.index), b.phase ^ 1);", "", HOPPER),
 }  # fmt: skip

@@ -13,15 +13,15 @@ MISTAKES = {
         "before the loads|nobody wrote|deadlock",
     ),
     "the producer does not wait for an empty buffer": (
-        "sm90_conv.cuh", "hw::barrier_wait(base + M::barrier(M::kBEmpty + b.index), b.phase ^ 1);", "",
+        "sm90_producer.cuh", "hw::barrier_wait(base + M::barrier(M::kBEmpty + b.index), b.phase ^ 1);", "",
         "overrun|may still|write over",
     ),
     "a byte count is too high": (
-        "sm90_conv.cuh", "hw::barrier_expect(filled, M::kBBytes);", "hw::barrier_expect(filled, M::kBBytes + 16);",
+        "sm90_producer.cuh", "hw::barrier_expect(filled, M::kBBytes);", "hw::barrier_expect(filled, M::kBBytes + 16);",
         "deadlock",
     ),
     "a byte count is too low": (
-        "sm90_conv.cuh", "hw::barrier_expect(filled, M::kBBytes);", "hw::barrier_expect(filled, M::kBBytes - 16);",
+        "sm90_producer.cuh", "hw::barrier_expect(filled, M::kBBytes);", "hw::barrier_expect(filled, M::kBBytes - 16);",
         "not announced",
     ),
     "a buffer of filters goes back before its products are done": (
@@ -36,7 +36,7 @@ MISTAKES = {
         "overrun|may still|write over|deadlock",
     ),
     "the prologue is not made visible to wgmma": (
-        "sm90_conv.cuh", "          hw::fence_async();\n", "", "without fence.proxy.async",
+        "sm90_producer.cuh", "        hw::fence_async();\n", "", "without fence.proxy.async",
     ),
     "the results are not made visible to TMA": (
         "sm90_epilogue.cuh", "  hw::fence_async();\n", "", "without fence.proxy.async",
@@ -52,7 +52,7 @@ MISTAKES = {
         "sm90_conv.cuh", "  hw::wgmma_wait<0>();\n", "", "may still|in flight|different wgmma|differ",
     ),
     "the prologue forgets the border": (
-        "sm90_conv.cuh", "v.word[i] = in ? ", "v.word[i] = in || true ? ", "values differ",
+        "sm90_producer.cuh", "v.word[i] = in ? ", "v.word[i] = in || true ? ", "values differ",
     ),
     "a descriptor starts one image row off": (
         "sm90_index.h", "return offset_of(a, i) - lowest_offset(a);",
