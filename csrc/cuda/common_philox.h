@@ -5,9 +5,9 @@
 #include <cstdint>
 
 #ifdef __CUDACC__
-#define WRN_HD __host__ __device__ constexpr
+#define WRN_PHILOX __device__ __forceinline__
 #else
-#define WRN_HD constexpr
+#define WRN_PHILOX inline
 #endif
 
 namespace wrn_fast {
@@ -16,7 +16,7 @@ struct PhiloxWords {
   uint32_t w[4];
 };
 
-WRN_HD PhiloxWords philox(uint64_t block, uint64_t seed, uint64_t offset) {
+WRN_PHILOX PhiloxWords philox(uint64_t block, uint64_t seed, uint64_t offset) {
   uint32_t c0 = static_cast<uint32_t>(block), c1 = static_cast<uint32_t>(block >> 32);
   uint32_t c2 = static_cast<uint32_t>(offset), c3 = static_cast<uint32_t>(offset >> 32);
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);

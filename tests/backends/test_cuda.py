@@ -116,6 +116,26 @@ def test_the_tile_fetches_a_filter_column_at_once_where_it_can(gpu):
     assert cuda.config("fprop", SOURCE._replace(N=1), 0) == Tile(0), "split, to fill the GPU"
 
 
+def test_the_tile_in_8_bits_is_chosen_like_that_in_16(gpu):
+    gpu((9, 0))
+    assert cuda.config("fprop_fp8", SOURCE, 0) == Tile(1)
+    assert cuda.config("fprop_fp8", SOURCE._replace(stride=2), 0) == Tile(0)
+    assert cuda.config("fprop_fp8", SOURCE._replace(N=1), 0) == Tile(0), "split, to fill the GPU"
+    assert cuda.tiles("fprop_fp8", SOURCE) == [Tile(0), Tile(1)], "what precedes is in the pass that rounds"
+    assert cuda.tiles("fprop_fp8", SOURCE._replace(K=48)) == [Tile(0)]
+
+
+def test_a_tuned_row_names_the_tile_in_8_bits(gpu, monkeypatch):
+    gpu((9, 0))
+    rows = {("cuda", "fprop_fp8"): {"rows": 128, "apply": False}}
+    monkeypatch.setattr(tuned, "lookup", lambda name, op, problem, chip, arch: rows.get((name, op)))
+    cuda.config.cache_clear()
+    assert cuda.config("fprop_fp8", SOURCE, 0) == Tile(0)
+    rows["cuda", "fprop_fp8"] = {"rows": 128, "apply": True}
+    cuda.config.cache_clear()
+    assert cuda.config("fprop_fp8", SOURCE, 0) == Tile(1), "a row that is not legal gives way"
+
+
 def test_a_tuned_row_names_the_tile_and_prefers_the_backend(gpu, monkeypatch):
     gpu((9, 0))
     rows = {}
@@ -297,7 +317,19 @@ def no_memory(monkeypatch):
     monkeypatch.setattr(passed, "_add", lambda file, name: None)
 
 
-@pytest.mark.parametrize("problem", [PLAIN, SOURCE, SOURCE._replace(stride=2)], ids=["plain", "act", "stride 2"])
+DROPS = PLAIN._replace(p=0.3, drop_at="output")
+
+
+def test_the_self_check_drops_where_the_call_does(recorder):
+    problem = DROPS._replace(device="cpu", C=32, K=48, N=2)
+    for op in CONVOLUTIONS:
+        assert cuda.wrong(op, problem, Tile(), torch.device("cpu")) is None
+    assert recorder.of("fprop")["rng"] and recorder.of("fprop")["p"] > 0
+
+
+@pytest.mark.parametrize(
+    "problem", [PLAIN, SOURCE, SOURCE._replace(stride=2), DROPS], ids=["plain", "act", "stride 2", "drop"]
+)
 @pytest.mark.parametrize("op", CONVOLUTIONS)
 def test_the_self_check_passes_right_kernels_and_no_others(recorder, no_memory, op, problem, monkeypatch):
     problem = problem._replace(device="cpu", C=32, K=48, N=2)

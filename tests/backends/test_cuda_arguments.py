@@ -74,7 +74,8 @@ CALL = {"dtype": 1, "tile": 0, "x": 16, "scale": 0, "shift": 0, "act": 0, "slope
      ({"moments": 16}, "`moments`"), ({"scale": 16}, "`shift`"), ({"act": 1}, "`act`"),
      ({"residual": 20}, "`residual`"), ({"x_short": 16}, "`w_short`"), ({"x_short": 16, "w_short": 16}, "`short_H`"),
      ({"dtype": 0}, "bfloat16 or float16"), ({"tile": 1}, "shift3"), ({"splits": 0}, "`splits`"),
-     ({"splits": 2}, "`partials`"), ({"splits": 2, "partials": 16}, "`counters`")],
+     ({"splits": 2}, "`partials`"), ({"splits": 2, "partials": 16}, "`counters`"), ({"p": 0.5}, "`rng`"),
+     ({"p": 1.5, "rng": 16}, "`p`"), ({"p": 0.5, "rng": 16, "drop_act": True}, "`y_act`")],
 )  # fmt: skip
 def test_bad_arguments_of_a_convolution_are_named(change, message):
     extension = cuda_on_cpu.build()

@@ -156,12 +156,13 @@ def test_refusals_are_sentences(recorder, change, word):
     assert word in cuda.refused("fprop_fp8", PROBLEM._replace(**change))
 
 
+@pytest.mark.parametrize("kind", [0, 1])
 @pytest.mark.parametrize("source", [False, True], ids=["plain", "act"])
-def test_the_self_check_passes_right_kernels_and_no_others(recorder, monkeypatch, source):
+def test_the_self_check_passes_right_kernels_and_no_others(recorder, monkeypatch, source, kind):
     problem = PROBLEM._replace(prologue=True, affine=True, act="relu") if source else PROBLEM
-    place = torch.device("cpu")
-    assert cuda.wrong("fprop_fp8", problem, Tile(), place) is None
-    assert {"quantize", "pack_e4m3"} <= set(recorder.names())
+    problem, place = problem._replace(K=64), torch.device("cpu")
+    assert cuda.wrong("fprop_fp8", problem, Tile(kind), place) is None
+    assert {"quantize", "pack_e4m3"} <= set(recorder.names()) and recorder.of("fprop")["tile"] == kind
     right = cuda_launch.fprop
 
     def wrong(*args):
@@ -170,7 +171,7 @@ def test_the_self_check_passes_right_kernels_and_no_others(recorder, monkeypatch
         return out
 
     monkeypatch.setattr(cuda_launch, "fprop", wrong)
-    assert "integers wrong" in cuda.wrong("fprop_fp8", problem, Tile(), place)
+    assert "integers wrong" in cuda.wrong("fprop_fp8", problem, Tile(kind), place)
     assert cuda_check.check.__doc__
 
 

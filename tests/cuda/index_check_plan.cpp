@@ -111,6 +111,37 @@ void wgrad() {
   }
 }
 
+// Elements in memory order; the words of a tile's mask side by side, in the memory that the kernel has for them.
+template <int block_k, int blocks, int row_taps>
+void mask_words_of() {
+  using M = ConvMemory<block_k, blocks, row_taps>;
+  std::set<uint32_t> words;
+  for (int row = 0; row < M::kRows; ++row) {
+    for (int k = 0; k < block_k; ++k) {
+      const uint32_t at = mask_offset(block_k, row, k);
+      CHECK(at % 4 == 0 && at == mask_offset(block_k, row, k / 32 * 32) && at + 4 <= uint32_t{M::kMaskBytes});
+      words.insert(at);
+    }
+  }
+  CHECK(words.size() == static_cast<size_t>(M::kMaskBytes) / 4 && words.size() % kTransformers == 0);
+  CHECK(M::mask() >= M::barrier(M::kBarriers) && M::mask() + M::kMaskBytes <= M::kBytes);
+}
+
+void dropout() {
+  const Extent e{5, 7, 3};
+  int64_t next = 0;
+  for (int n = 0; n < e.N; ++n)
+    for (int p = 0; p < e.P; ++p)
+      for (int q = 0; q < e.Q; ++q)
+        for (int k = 0; k < 48; ++k) CHECK(element_number(e, 48, {q, p, n}, k) == next++);
+  // More image rows than an int counts.
+  CHECK(element_number({2, 256, 1 << 24}, 640, {1, 255, (1 << 24) - 1}, 639) == (int64_t{1} << 33) * 640 - 1);
+#define CASE(k, tile, blocks, taps) mask_words_of<k, blocks, taps>();
+  SM90_FETCH9(CASE)
+  SM90_SHIFT3(CASE)
+#undef CASE
+}
+
 // 13,108 images of WRN-28-10's first group: byte offsets past 2^32, element offsets past 2^31.
 void large() {
   Sm90Fprop f;
@@ -139,5 +170,6 @@ void check_plans() {
   schedules();
   splits();
   wgrad();
+  dropout();
   large();
 }

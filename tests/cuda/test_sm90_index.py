@@ -32,6 +32,8 @@ def test_every_index_agrees_with_brute_force(tmp_path):
         ("-1};\n}\nSM90_HD int tap_of", "1};\n}\nSM90_HD int tap_of"),
         ("(65536 / height + 1)", "(65536 / height)"),
         ("s.classes - 1 - t / per_class", "t / per_class"),
+        ("(static_cast<int64_t>(at.n) * e.P + at.p)", "static_cast<int64_t>(at.n * e.P + at.p)"),
+        ("row * mask_words(block_k) + channel / 32", "row * (block_k / 32) + channel / 32"),
         ("(lane & 15), 16 * pair", "(lane & 7), 16 * pair"),
     ],
 )
