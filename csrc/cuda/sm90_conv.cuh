@@ -170,11 +170,11 @@ SM90_FN void consume(const Params& p, uint32_t base, int consumer) {
     };
     if constexpr (T::e4m3) {
       const Units u = units_of<T>(p, j);
-#pragma unroll 1
-      for (int of_short = 0; of_short < 2; ++of_short) {
-        in_units_of_shortcut<T>(p, j, acc, of_short && u.main < u.end);
-        for_each_chunk<T>(p, j, of_short ? most(u.begin, u.main) : u.begin, of_short ? u.end : least(u.end, u.main),
-                          visit);
+      for_each_chunk<T>(p, j, u.begin, least(u.end, u.main), visit);
+      // An instance of the products for each source: in one loop over both, ptxas would serialise them.
+      if (u.main < u.end) {
+        in_units_of_shortcut<T>(p, j, acc);
+        for_each_chunk<T>(p, j, most(u.begin, u.main), u.end, visit);
       }
     } else {
       for_each_chunk<T>(p, j, visit);

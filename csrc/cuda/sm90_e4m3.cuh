@@ -11,20 +11,18 @@
 namespace wrn_fast {
 namespace sm90 {
 
-// The sums of the main source in units of the shortcut's, if that is what comes next. By a factor in any case:
-// ptxas serialises products around a condition on accumulators. A lane has the ratios of two columns in 64 and gives
-// them to the others: were each lane to fetch its own, they would be in flight all at once, and spill.
+// The sums of the main source in units of the shortcut's. A lane has the ratios of two columns in 64 and gives them to
+// the others: were each lane to fetch its own, they would be in flight all at once, and spill.
 template <class T, class Params>
-SM90_FN void in_units_of_shortcut(const Params& p, const Job& j, float (&acc)[T::blocks][T::block_k / 2], bool now) {
+SM90_FN void in_units_of_shortcut(const Params& p, const Job& j, float (&acc)[T::blocks][T::block_k / 2]) {
   constexpr int held = (T::block_k + 63) / 64;
   const int lane = hw::thread() % 32;
   float ratio[held][2];
 #pragma unroll
   for (int i = 0; i < 2 * held; ++i) {
     const int column = 64 * (i / 2) + 2 * lane + i % 2, k = j.k_block * T::block_k + column;
-    ratio[i / 2][i % 2] = now && column < T::block_k
-                              ? hw::from_global(p.factor + k) * hw::reciprocal(hw::from_global(p.factor_short + k))
-                              : 1.f;
+    ratio[i / 2][i % 2] =
+        column < T::block_k ? hw::from_global(p.factor + k) * hw::reciprocal(hw::from_global(p.factor_short + k)) : 1.f;
   }
 #pragma unroll
   for (int i = 0; i < T::block_k / 4; ++i) {

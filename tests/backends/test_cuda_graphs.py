@@ -87,6 +87,21 @@ def test_a_layer_writes_the_next_ones_activation(recorder, seed, dtype):
 
 
 @torch.no_grad()
+def test_a_graph_of_monte_carlo_dropout_draws_anew_without_a_pass(tapes, seed):
+    """Each replay draws two numbers a mask, and the convolution before it does the rest."""
+    model = net(seed)
+    dropping = wrn_fast.WideResNet(10, 10, 1, dropRate=0.5).eval()
+    model.blocks = nn.ModuleList([*dropping.block1.layer, *dropping.block2.layer])
+    fast = wrn_fast.graphed(model, image())
+    assert sorted(tapes[0].names) == ["fprop"] * 4 + ["randint"] * 2
+    x = image()
+    torch.manual_seed(seed)
+    first = fast(x).clone()
+    torch.manual_seed(seed)
+    assert torch.equal(first, model(x)) and not torch.equal(first, fast(x))
+
+
+@torch.no_grad()
 def test_without_the_cache_the_graph_makes_everything_itself(tapes, seed, monkeypatch):
     monkeypatch.setenv("WRN_FAST_PACK_CACHE", "0")
     model = net(seed)

@@ -84,7 +84,8 @@ def check_e4m3(folder, block_k, blocks, row_taps, dtype):
     traits = f"ConvTraits<false, {block_k}, {blocks}, {row_taps}, {DTYPES[dtype]}, true>"
     log, instructions = compiled(folder, "sm90_conv.cuh", "ConvParams", "kThreads", f"conv_body<{traits}>")
     shape = f"QGMMA.64x{block_k}x32.F32.E4M3.E4M3"
-    check(log, instructions, "e4m3", shape, blocks * sum(BATCHES), len(BATCHES))
+    # Once for each source.
+    check(log, instructions, "e4m3", shape, 2 * blocks * sum(BATCHES), 2 * len(BATCHES))
 
 
 def check_wgrad(folder, block_k, halo, dtype):
