@@ -102,11 +102,14 @@ def kernels(dtype: str, device: str, networks: tuple[tuple[int, int, int], ...],
             reason = cuda.refused(op, problem)
             if reason:
                 return result(NOT_RUN, reason)
-            eight = op == "fprop" and cuda.refused("fprop_fp8", problem) is None
-            for kind in (op, "fprop_fp8") if eight else (op,):
-                for tile in cuda.tiles(kind, problem):
-                    key = kind, problem._replace(N=1), tile
-                    sentence = None if key in seen else cuda.wrong(kind, problem, tile, place)
+            forms = [(op, problem)]
+            if op == "fprop":
+                forms.append((op, problem._replace(p=0.3, drop_at="output")))
+                forms += [("fprop_fp8", problem)] if cuda.refused("fprop_fp8", problem) is None else []
+            for kind, form in forms:
+                for tile in cuda.tiles(kind, form):
+                    key = kind, form._replace(N=1), tile
+                    sentence = None if key in seen else cuda.wrong(kind, form, tile, place)
                     seen.add(key)
                     wrong += [sentence] if sentence else []
     if wrong:

@@ -2,9 +2,9 @@
 //
 //   v *= word >= threshold ? kept : 0, word = word e & 3 of Philox's block e >> 2, e the element's number in y
 //
-// A mask of 256 x 160 is 28,000 warp instructions: in the epilogue they would take about as long as the pass over memory
-// that they save. So the threads of the prologue, which have little or nothing to do, draw them while the products run,
-// a bit an element, and the epilogue multiplies.
+// A mask of 256 x 160 is 28,000 warp instructions: in the epilogue they would take about as long as the pass over
+// memory that they save. So the threads of the prologue, which have little or nothing to do, draw them while the
+// products run, a bit an element, and the epilogue multiplies.
 #pragma once
 
 #include "common_philox.h"
