@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from faults.patch import BATTERY, NO_CODE, Absent, Check, Patch
 
-TILE, CONV, EPILOGUE, STATS, FPROP, DGRAD, WGRAD, APPLY = (
+TILE, CONV, EPILOGUE, STATS, FOLD, FPROP, DGRAD, WGRAD, APPLY = (
     f"wrn_fast/kernels/{name}.py"
-    for name in ("tile", "conv", "epilogue", "stats", "fprop", "dgrad", "wgrad", "bn_bwd_apply")
+    for name in ("tile", "conv", "epilogue", "stats", "triton_weights", "fprop", "dgrad", "wgrad", "bn_bwd_apply")
 )
 RANDOM = Check("tests/kernels/test_interpreted.py", "every_pair or random_cases")
 LOW = Check("tests/kernels/test_interpreted.py", "lower_precisions and float32 and fprop")
@@ -17,7 +17,7 @@ STORE_Y = "tl.store(y + base + index, v_out, mask=valid)"
 RESIDUAL = "v += tl.load(residual + base + index, mask=valid, other=0.0).to(WIDE)"
 TAP = "tap = (spec.tap_first_h + spec.tap_step * r) * spec.filter_s + spec.tap_first_w + spec.tap_step * s"
 DOT = "acc0 = dot(a, _load_filter(w_step, b0, b0_mask & cm, EVEN_B), acc0, PREC, WIDE)"
-RSTD = "rstd = rsqrt(tl.load(stats + CHANNELS + c, mask=m, other=1.0) + EPS, WIDE)"
+RSTD = "rstd = rsqrt(var + EPS, WIDE)"
 SCALE = "scale = rstd * tl.load(gamma + c, mask=m, other=0.0).to(WIDE)"
 SHIFT = "shift = tl.load(beta + c, mask=m, other=0.0).to(WIDE)"
 COUNT = "count = tl.where(left > tile_rows, tile_rows, tl.where(left > 0, left, 0)).to(WIDE)"
@@ -44,12 +44,11 @@ PATCHES: dict[int, Patch | Absent] = {
     11: Patch(FPROP, "short_source = not e4m3 and (", "short_source = False and (", RANDOM),
     12: Patch(EPILOGUE, RESIDUAL, "v += tl.maximum(" + RESIDUAL.removeprefix("v += ") + ", 0.0)", RANDOM),
     13: Patch(EPILOGUE, RESIDUAL, RESIDUAL.replace("mask=valid", "mask=valid & (k < COLS - 1)[None, :]"), RANDOM),
-    14: Patch(STATS, RSTD, "root = tl.sqrt(tl.load(stats + CHANNELS + c, mask=m, other=1.0)) + EPS\n"
-              "    rstd = rsqrt(root * root, WIDE)", RANDOM),
-    15: Patch(STATS, RSTD, RSTD.replace("EPS", "1e-3"), RANDOM),
-    16: Patch(STATS, SHIFT, SHIFT + " * (scale != 0).to(WIDE)", RANDOM),
-    17: Patch(STATS, SCALE, SCALE.replace("gamma + c", "gamma + tl.where(c == CHANNELS - 1, 0, c)"), RANDOM),
-    18: Patch(STATS, SCALE, SCALE.replace("tl.load(", "tl.abs(tl.load(").replace(".to(WIDE)", ").to(WIDE)"), RANDOM),
+    14: Patch(FOLD, RSTD, "root = tl.sqrt(var) + EPS\n    rstd = rsqrt(root * root, WIDE)", RANDOM),
+    15: Patch(FOLD, RSTD, RSTD.replace("EPS", "1e-3"), RANDOM),
+    16: Patch(FOLD, SHIFT, SHIFT + " * (scale != 0).to(WIDE)", RANDOM),
+    17: Patch(FOLD, SCALE, SCALE.replace("gamma + c", "gamma + tl.where(c == CHANNELS - 1, 0, c)"), RANDOM),
+    18: Patch(FOLD, SCALE, SCALE.replace("tl.load(", "tl.abs(tl.load(").replace(".to(WIDE)", ").to(WIDE)"), RANDOM),
     19: Patch(TILE, "    v = act_fwd(v, ACT, SLOPE)\n    if SELECT",
               "    last = (c == CHANNELS - 1)[None, :] & (ACT == 1)\n"
               "    v = tl.where(last, v / (1.0 + tl.exp(-v)), act_fwd(v, ACT, SLOPE))\n    if SELECT", RANDOM),
