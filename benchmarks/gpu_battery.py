@@ -49,6 +49,7 @@ STAGES = (
 )  # fmt: skip
 STAGE_S = 9 * 60
 PATIENCE_S = 60.0  # with a step that is expected to take little
+COMPILING_S = 480.0  # with one that compiles
 FORMAT = 2
 # Of the head: a report of other code, GPU or versions is not gone on with.
 SAME = ("gpu", "versions", "commit", "dry run")
@@ -228,7 +229,7 @@ def run_stage(stage: str, report: Report, args: argparse.Namespace, console: Con
                     left += 1
                     continue
                 report.begun = report.begun or not step.always
-                patience = max(PATIENCE_S, 3 * step.seconds)
+                patience = max(COMPILING_S if step.compiles else PATIENCE_S, 3 * step.seconds)
                 guard = threading.Timer(patience, give_up, (report, stage, name, patience, args, last))
                 guard.daemon = True
                 guard.start()

@@ -148,6 +148,17 @@ def test_a_step_that_hangs_has_failed(stage, monkeypatch, restarts):
     assert "a hang: not finished after" in texts[0]["text"]
 
 
+def test_a_step_that_compiles_hangs_later(stage, monkeypatch, restarts):
+    """What another library's compiler takes depends on the machine, and a hang is final."""
+    monkeypatch.setattr(gpu_battery, "PATIENCE_S", 0.05)
+
+    def slow(seconds):
+        time.sleep(0.3)
+        return battery.result("ok", "compiled")
+
+    assert stage({"a": Step(slow, 0.01, compiles=True)})[1]["a"]["text"] == "compiled" and not restarts
+
+
 def test_a_step_may_take_less_than_what_is_called_a_hang(stage):
     stage({"a": Step(lambda seconds: battery.result("ok", str(seconds)), 1)})
     assert float(json.loads(stage.path.read_text())["stages"]["chip"]["a"]["text"]) < gpu_battery.PATIENCE_S
@@ -221,6 +232,16 @@ def test_every_step_takes_its_seconds_and_nothing_else(stages):
         for name, step in steps.items():
             given = inspect.signature(step.run).bind(1.0)
             assert list(given.arguments) == ["seconds"], name
+
+
+def test_what_compiles_is_not_taken_for_a_hang(stages):
+    """Autotuned rivals, Triton's kernels of whole models, the extension itself, and all under sanitizers."""
+    for stage, steps in stages.items():
+        for name, step in steps.items():
+            slow = stage.startswith(("bench", "models-triton", "parity-triton")) or name.endswith("check")
+            slow = slow or name == "extensions" or (stage == "targets" and "one graph" not in name)
+            assert step.compiles or not slow, (stage, name)
+            assert not (stage == "layers" and step.compiles and name != "extensions")
 
 
 def test_stages_have_what_was_asked_for(stages):

@@ -22,11 +22,13 @@ class Step(NamedTuple):
         run: gets the seconds that it may take and gives its result.
         seconds: that it is expected to take on an H100 with 16 CPU cores, compilation included. Not measured yet.
         always: run it also where an earlier run has a result: a fresh machine has no build of ours.
+        compiles: much, or runs under a tool that slows it down: how long depends on the machine, so it hangs later.
     """
 
     run: Callable[[float], Result]
     seconds: float
     always: bool = False
+    compiles: bool = False
 
 
 Steps = dict[str, Step]

@@ -47,7 +47,7 @@ def narrow_steps(dry: bool) -> Steps:
 def _steps(cases: tuple[tuple[Case, str, float], ...]) -> Steps:
     return {
         f"{case.name}{SUFFIX[backends]}": Step(
-            partial(measure, case, "cuda", RIVALS[backends], backends, None), seconds
+            partial(measure, case, "cuda", RIVALS[backends], backends, None), seconds, compiles=True
         )
         for case, backends, seconds in cases
     }

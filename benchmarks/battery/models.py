@@ -43,20 +43,23 @@ def triton_steps(dry: bool) -> Steps:
     if dry:
         return {"model WRN-10-1": Step(partial(model, Network(10, 1), torch.float64, "aten", "cpu"), 10)}
     found = of_backend("triton", {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16})
-    return found | {"e4m3 WRN-28-10": Step(partial(eight_bits, (28, 10), "cuda", "triton", torch.float32), 25)}
+    return found | {
+        "e4m3 WRN-28-10": Step(partial(eight_bits, (28, 10), "cuda", "triton", torch.float32), 25, compiles=True)
+    }
 
 
 def of_backend(backend: str, dtypes: dict[str, torch.dtype]) -> Steps:
     """Every model in every dtype, then what else a model does."""
+    step = partial(Step, compiles=backend == "triton")
     found: Steps = {}
     for network, seconds in MODELS.items():
         dropping = " dropout" if network.drop_rate else ""
         for name, dtype in dtypes.items():
-            found[f"model {network}{dropping} {name}"] = Step(partial(model, network, dtype, backend, "cuda"), seconds)
+            found[f"model {network}{dropping} {name}"] = step(partial(model, network, dtype, backend, "cuda"), seconds)
     for name, dtype in dtypes.items():
         if dtype.itemsize == 2:
-            found[f"graphs WRN-28-10 {name}"] = Step(partial(graphs, (28, 10), dtype, backend, "cuda"), 25)
-            found[f"mc_predict WRN-28-10 {name}"] = Step(partial(monte_carlo, (28, 10), dtype, backend, "cuda"), 15)
+            found[f"graphs WRN-28-10 {name}"] = step(partial(graphs, (28, 10), dtype, backend, "cuda"), 25)
+            found[f"mc_predict WRN-28-10 {name}"] = step(partial(monte_carlo, (28, 10), dtype, backend, "cuda"), 15)
     return found
 
 

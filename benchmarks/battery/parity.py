@@ -43,9 +43,9 @@ def cuda_steps(dry: bool) -> Steps:
     }
     found["beyond 2^31 elements"] = Step(partial(far, "cuda", "cuda"), 15)
     for name in ("bfloat16", "float16"):
-        found[f"primitives {name}"] = Step(partial(primitives, f"cuda and {name}{NO_OTHER[name]}"), 90)
-    found["special values"] = Step(partial(primitives, f"cuda{NO_DTYPE}", tests=PROPERTIES), 60)
-    return found | {"primitives float32": Step(partial(primitives, "cuda and float32"), 60)}
+        found[f"primitives {name}"] = tested(f"cuda and {name}{NO_OTHER[name]}", 90)
+    found["special values"] = tested(f"cuda{NO_DTYPE}", 60, PROPERTIES)
+    return found | {"primitives float32": tested("cuda and float32", 60)}
 
 
 def tile_steps(dry: bool) -> Steps:
@@ -62,7 +62,7 @@ def tile_steps(dry: bool) -> Steps:
             # Tiles are compiled for the first network of a dtype, the others bring few new ones.
             seconds = 40 if network is NETWORKS[0] else 18
             found[f"integers WRN-{depth}-{width} batch {batch} {dtype}"] = Step(
-                partial(integers, network, dtype, "cuda"), seconds
+                partial(integers, network, dtype, "cuda"), seconds, compiles=True
             )
     return found | {"integers of boxes": Step(partial(special, "cuda"), 15)}
 
@@ -71,16 +71,16 @@ def triton_steps(dry: bool) -> Steps:
     """Of the Triton kernels through the operators."""
     if dry:
         return {"primitives float64": Step(partial(primitives, "aten and channel_stats and float64"), 5)}
-    found = {"special values": Step(partial(primitives, f"triton{NO_DTYPE}", tests=PROPERTIES), 120)}
+    found = {"special values": tested(f"triton{NO_DTYPE}", 120, PROPERTIES)}
     for name in ("bfloat16", "float16", "float32"):
-        found[f"primitives {name}"] = Step(partial(primitives, f"triton and {name}{NO_OTHER[name]}"), 90)
-    return found | {"beyond 2^31 elements": Step(partial(far, "triton", "cuda"), 20)}
+        found[f"primitives {name}"] = tested(f"triton and {name}{NO_OTHER[name]}", 90)
+    return found | {"beyond 2^31 elements": Step(partial(far, "triton", "cuda"), 20, compiles=True)}
 
 
 def extensions() -> Step:
     """`_cpu` and `_cuda`, wherever a stage needs them."""
     # Not by loading it: what was loaded before it was built anew would stay.
-    return Step(build, 5 if importlib.util.find_spec("wrn_fast._cuda") else 75, always=True)
+    return Step(build, 5 if importlib.util.find_spec("wrn_fast._cuda") else 75, always=True, compiles=True)
 
 
 def build(seconds: float) -> Result:
@@ -142,6 +142,11 @@ def special(device: str, seconds: float) -> Result:
     wrong = special_tiles(place)
     bad = [sentence for sentence in wrong if sentence]
     return result(FAILED, bad[0]) if bad else result(OK if wrong else NOT_RUN, f"{len(wrong)} tiles exact")
+
+
+def tested(expression: str, seconds: float, tests: tuple[str, ...] = PRIMITIVES) -> Step:
+    """The step of `primitives`."""
+    return Step(partial(primitives, expression, tests=tests), seconds, compiles=True)
 
 
 def primitives(expression: str, seconds: float, tests: tuple[str, ...] = PRIMITIVES) -> Result:

@@ -23,16 +23,19 @@ def cuda_steps(dry: bool) -> Steps:
         return {what: Step(partial(plain, what, "cpu"), 15) for what in runs}
     found = {"extensions": extensions()}
     found |= {f"{what}, no sanitizer": Step(partial(plain, what, "cuda"), 15) for what in runs}
-    return found | {f"{what}, {tool}": Step(partial(vendor, tool, what), SECONDS) for what in runs for tool in TOOLS}
+    return found | {
+        f"{what}, {tool}": Step(partial(vendor, tool, what), SECONDS, compiles=True) for what in runs for tool in TOOLS
+    }
 
 
 def triton_steps(dry: bool) -> Steps:
     """Of the Triton kernels."""
     if dry:
         return {"no sanitizer, interpreted": Step(partial(plain, "all", "cpu"), 15)}
-    found = {"no sanitizer": Step(partial(plain, "all", "cuda"), 60)}
-    found |= {tool: Step(partial(vendor, tool, "all"), SECONDS + 20) for tool in TOOLS}
-    return found | {"ConSan": Step(partial(instrumented, "consan", "all"), 80), "FpSan": Step(fpsan, 60)}
+    found = {"no sanitizer": Step(partial(plain, "all", "cuda"), 60, compiles=True)}
+    found |= {tool: Step(partial(vendor, tool, "all"), SECONDS + 20, compiles=True) for tool in TOOLS}
+    found["ConSan"] = Step(partial(instrumented, "consan", "all"), 80, compiles=True)
+    return found | {"FpSan": Step(fpsan, 60, compiles=True)}
 
 
 def plain(what: str, device: str, seconds: float) -> Result:

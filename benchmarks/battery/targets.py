@@ -56,14 +56,15 @@ def steps(dry: bool) -> Steps:
             f"{tiny.name}, one graph": Step(partial(on_the_cpu, partial(replayed, tiny, Target(1, 1, 1), "cpu")), 10),
             "latency": Step(partial(on_the_cpu, partial(latency, Network(10, 1), 1, "cpu")), 10),
         }
-    found = {"extensions": extensions(), "latency batch 1": Step(partial(latency, WIDE, 1, "cuda"), 30)}
+    found = {"extensions": extensions(), "latency batch 1": Step(partial(latency, WIDE, 1, "cuda"), 30, compiles=True)}
     for case, target in TARGETS.items():
         found[case.name] = Step(
             partial(measure, case, "cuda", (EAGER, AUTOTUNED), HAND_WRITTEN, target),
             100 if case.task == "inference" else 150,
+            compiles=True,
         )
         found[f"{case.name}, one graph"] = Step(partial(replayed, case, target, "cuda"), 25)
-    return found | {"latency batch 8": Step(partial(latency, WIDE, 8, "cuda"), 30)}
+    return found | {"latency batch 8": Step(partial(latency, WIDE, 8, "cuda"), 30, compiles=True)}
 
 
 def measure(
