@@ -193,6 +193,17 @@ def test_a_process_that_fails_or_hangs_is_a_failure():
     assert "not finished" in battery.python(["-c", child], 1)["text"] and time.monotonic() - begin < 30
 
 
+@pytest.mark.parametrize("status", ["ok", "failed"])
+def test_a_build_that_fails_leaves_no_older_one_to_be_measured(monkeypatch, tmp_path, status):
+    file = tmp_path / "wrn_fast" / "_cuda.cpython.so"
+    file.parent.mkdir()
+    file.touch()
+    monkeypatch.setattr(parity, "ROOT", tmp_path)
+    monkeypatch.setattr(parity, "python", lambda *_: battery.result(status, ""))
+    parity.build(1.0)
+    assert file.exists() == (status == "ok")
+
+
 # Goals.
 
 

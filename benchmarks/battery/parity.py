@@ -11,6 +11,7 @@ import torch
 from benchmarks.battery import FAILED, NOT_RUN, OK, Result, Step, Steps, python, result
 from benchmarks.battery.replaced import on_the_cpu
 from benchmarks.battery.stress import far, split_reductions
+from benchmarks.machine import ROOT
 from wrn_fast import dispatch, tune
 from wrn_fast.backends import cuda, triton
 
@@ -86,6 +87,10 @@ def extensions() -> Step:
 def build(seconds: float) -> Result:
     """Compiles what changed for this Python and GPU's toolkit; without nvcc the cuda backend is left out."""
     done = python(["setup.py", "-q", "build_ext", "--inplace"], seconds)
+    if done["status"] == FAILED:
+        # One of an earlier build is of other code than the report says.
+        for old in (ROOT / "wrn_fast").glob("_cuda.*"):
+            old.unlink()
     importlib.invalidate_caches()
     cuda._load.cache_clear()
     dispatch.forget()
