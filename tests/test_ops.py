@@ -210,10 +210,12 @@ def test_statistics_handed_on_carry_their_gradient():
     assert torch.autograd.gradcheck(chain, inputs)
 
 
-def test_gradients_of_filters_have_their_strides():
+@pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last))
+def test_gradients_of_filters_have_their_strides(memory_format):
     """A 1x1 filter's strides are ambiguous; DistributedDataParallel warns of any but the parameter's."""
-    w = torch.randn(8, 6, 3, 3, requires_grad=True)
-    w_short = torch.randn(8, 6, 1, 1, requires_grad=True)
+    w = torch.randn(8, 6, 3, 3).to(memory_format=memory_format).requires_grad_()
+    w_short = torch.randn(8, 6, 1, 1).to(memory_format=memory_format).requires_grad_()
+    assert w_short.stride(2) == (6 if memory_format == torch.channels_last else 1)
     x = torch.randn(2, 6, 5, 5)
     y = bn_act_conv(x, w, x_short=x, w_short=w_short, pad=(1,) * 4)[0]
     y.square().sum().backward()

@@ -247,7 +247,9 @@ def _of_source(grads: dict[str, Tensor | None], wanted: set[str], dy: Tensor, so
     if w_name in wanted:
         dw = ops.wgrad(dy, x, stats, gamma, beta, rng, w.shape, w.dtype, stride, pad, act, slope, eps, p)
         # A 1x1 filter's memory is the same in either format, but DistributedDataParallel compares strides.
-        grads[w_name] = dw.reshape(w.shape[:2]).view(w.shape) if w.shape[2:] == (1, 1) else dw
+        if w.shape[2:] == (1, 1) and w.stride()[:2] == (w.shape[1], 1):
+            dw = dw.reshape(w.shape[:2]).as_strided(w.shape, w.stride())
+        grads[w_name] = dw
 
 
 @torch.enable_grad()
