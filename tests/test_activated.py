@@ -18,6 +18,13 @@ NETWORKS = (
 )
 
 
+@pytest.fixture(autouse=True)
+def nothing_known():
+    activated.forget()
+    yield
+    activated.forget()
+
+
 @pytest.fixture
 def any_dtype(monkeypatch):
     """Plain PyTorch as a backend that writes second outputs, in float64 too."""
@@ -160,14 +167,18 @@ def test_measured_times_decide(monkeypatch):
     """The prologue's cost against the second output's, and the width where a time is missing."""
     base = steps_of(*network(torch.bfloat16))[0].problem._replace(C=32, K=32)
     times = {}
-    monkeypatch.setattr(activated, "_us", lambda p: times.get((p.prologue, p.act_out != "none" and p.want_y)))
+    monkeypatch.setattr(activated, "_us", lambda p, _: times.get((p.prologue, p.act_out != "none" and p.want_y)))
     assert activated.by_time(base, base, False) and not activated.by_time(base, base, True)
     assert activated.by_time(base._replace(K=activated.WIDE), base, True)
     times |= {(True, False): 12.0, (False, False): 10.0, (False, True): 11.0}
+    assert not activated.by_time(base, base, True)  # asked once, not at each call
+    activated.forget()
     assert activated.by_time(base, base, True) and activated.by_time(base, base, False)
     times[False, True] = 13.0
+    activated.forget()
     assert activated.by_time(base, base, False) and not activated.by_time(base, base, True)
     times[False, False] = 12.5
+    activated.forget()
     assert not activated.by_time(base, base, False)
 
 
@@ -182,7 +193,7 @@ def test_classes_of_times_are_the_tables():
             m.float()
     asked = []
 
-    def ask(problem):
+    def ask(problem, names):
         asked.append(tuned.key("triton", "fprop", problem))
 
     patch = pytest.MonkeyPatch()

@@ -111,19 +111,30 @@ def _reading_short(p: ConvProblem) -> ConvProblem:
 
 def by_time(writer: ConvProblem, reader: ConvProblem, raw: bool) -> bool:
     """By what `wrn-fast tune` measured of both layers on this GPU; where it did not, by the width."""
-    times = [_us(reader), _us(_reading(reader))]
+    return _by_time(writer, reader, raw, dispatch.selection())
+
+
+# Asked of every layer at every call; `names` settles which backends' rows count.
+@lru_cache(maxsize=1024)
+def _by_time(writer: ConvProblem, reader: ConvProblem, raw: bool, names: tuple[str, ...]) -> bool:
+    times = [_us(reader, names), _us(_reading(reader), names)]
     if raw:
         one = _reading(writer)
-        times += [_us(_writing(one, reader, True)), _us(one)]
+        times += [_us(_writing(one, reader, True), names), _us(one, names)]
     if None in times:
         return not raw or writer.K >= WIDE
     known = [t for t in times if t is not None]
     return known[0] - known[1] > (known[2] - known[3] if raw else 0.0)
 
 
-def _us(problem: ConvProblem) -> float | None:
+def forget() -> None:
+    """Ask for measured times again at the next call."""
+    _by_time.cache_clear()
+
+
+def _us(problem: ConvProblem, names: tuple[str, ...]) -> float | None:
     """Of the fastest backend that may serve. No backend is asked for a proof of what may never run."""
-    asked = (getattr(dispatch.load(name), "measured_us", None) for name in dispatch.selection())
+    asked = (getattr(dispatch.load(name), "measured_us", None) for name in names)
     found = [ask("fprop", problem) for ask in asked if ask is not None]
     return min((us for us in found if us is not None), default=None)
 
