@@ -1,5 +1,7 @@
 """Second outputs in place of prologues: which ones a plan takes, and that a planned run computes the same network."""
 
+import weakref
+
 import pytest
 import torch
 from models import pair, shake
@@ -124,6 +126,26 @@ def test_dropout_before_batch_norm(any_dtype):
     assert all(step.second for step in planned[:-1])
     with dispatch.backend("aten"):
         assert error(activated.run(x, planned), activated.run(x, steps)) < 1e-14
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("decision", (ALWAYS, INSIDE), ids=("always", "inside"))
+def test_no_more_memory_than_later_layers_read(decision, any_dtype, monkeypatch):
+    made, living, fprop = [], [], aten.fprop
+
+    def watched(*args):
+        living.append(sum(ref() is not None for ref in made))
+        out = fprop(*args)
+        made.extend(weakref.ref(v) for v in out if v.numel())
+        return out
+
+    model, x = network()
+    with dispatch.backend("aten"):
+        planned = activated.plan(steps_of(model, x), decision)
+        monkeypatch.setattr(aten, "fprop", watched)
+        activated.run(x, planned)
+    # What the block reads, once for its shortcut, once for its convolution; then the latter's output in its place.
+    assert max(living) == 2
 
 
 @torch.no_grad()

@@ -165,7 +165,7 @@ def run(x: Tensor, steps: Sequence[Step]) -> Tensor:
             made[id(norm.mean)] = found
         return found
 
-    for step in steps:
+    for step, over in zip(steps, _last_reads(steps), strict=True):
         p, norm, short, second = step.problem, step.norm, step.short, step.second
         module = dispatch.choose("fprop", p)
         scale = shift = None
@@ -174,14 +174,29 @@ def run(x: Tensor, steps: Sequence[Step]) -> Tensor:
             scale, shift = module.scale_shift(*vectors, second.eps, x)
         of_short: tuple[Tensor | None, ...] = (None,) * 5
         if short is not None:
-            source = values[short.x, short.activated]
-            of_short = source, short.w, stats(short.norm, p), short.norm.gamma, short.norm.beta
+            of_short = values[short.x, short.activated], short.w, stats(short.norm, p), *short.norm[2:]
         y, _, y_act = module.fprop(
             p, values[step.x, step.activated], step.w, stats(norm, p), norm.gamma, norm.beta, step.bias,
             None if step.residual is None else values[step.residual, False], *of_short, step.rng, scale, shift,
         )  # fmt: skip
+        for value in over:
+            values.pop(value, None)
         for out, activated in ((y, False), (y_act, True)):
-            values.pop((step.y, activated), None)
             if out.numel():
                 values[step.y, activated] = out
     return values[steps[-1].y, False]
+
+
+def _last_reads(steps: Sequence[Step]) -> list[set[tuple[int, bool]]]:
+    """After each step, the values that no later one reads: kept, they would be memory that others need."""
+    found, later = [], set[tuple[int, bool]]()
+    for step in reversed(steps):
+        later -= {(step.y, False), (step.y, True)}
+        reads = {(step.x, step.activated)}
+        if step.residual is not None:
+            reads.add((step.residual, False))
+        if step.short is not None:
+            reads.add((step.short.x, step.short.activated))
+        found.append(reads - later)
+        later |= reads
+    return found[::-1]
