@@ -8,6 +8,7 @@ from models import shake
 
 from wrn_fast import block, chain, dispatch, packing
 from wrn_fast.block import run_chain
+from wrn_fast.errors import WrnFastError
 from wrn_fast.model import WideResNet
 
 pytestmark = pytest.mark.native
@@ -48,6 +49,20 @@ def test_bits_are_those_of_the_operators(options, batch, calls, monkeypatch):
             got, want = ((v,) if isinstance(v, torch.Tensor) else v for v in (got, want))
             assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     assert calls == [True] * 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("names", (("weight",), ("bias",), ("running_mean", "running_var")), ids=str)
+def test_batch_norm_on_another_device_is_named(names, calls):
+    """A kernel would read an address that means nothing here."""
+    model = network()
+    bn = model.block2.layer[0].bn2
+    for name in names:
+        kind = torch.nn.Parameter if name in bn._parameters else torch.Tensor.detach
+        setattr(bn, name, kind(getattr(bn, name).to("meta")))
+    with pytest.raises(WrnFastError, match="expected device cpu"):
+        model(torch.randn(1, 3, 32, 32))
+    assert calls == [False]
 
 
 def test_bits_under_autocast(calls, monkeypatch):

@@ -81,14 +81,19 @@ def plain_inference(x: Tensor) -> bool:
     )
 
 
-def _norm(bn: nn.BatchNorm2d, channels: int, dtype: torch.dtype) -> Norm | None:
-    """BatchNorm's running statistics and parameters if they are plain vectors in float32 or `dtype`."""
+def _norm(bn: nn.BatchNorm2d, x: Tensor, channels: int) -> Norm | None:
+    """Running statistics and parameters where they are plain vectors in float32 or x's dtype on its device."""
     p, b = bn._parameters, bn._buffers
     mean, var, gamma, beta = b["running_mean"], b["running_var"], p["weight"], p["bias"]
     if bn.training or mean is None or var is None:
         return None
     for v in (mean, var, gamma, beta):
-        if v is not None and not (v.dtype in (torch.float32, dtype) and v.is_contiguous() and v.shape == (channels,)):
+        if v is not None and not (
+            v.dtype in (torch.float32, x.dtype)
+            and v.is_contiguous()
+            and v.shape == (channels,)
+            and v.device == x.device
+        ):
             return None
     return Norm(mean, var, gamma, beta)
 
@@ -133,7 +138,7 @@ def _block_steps(block: Any, x: Tensor, shape: tuple[int, int, int, int], here: 
     n, c0, h0, w0 = shape
     c, h, w, source, final = c0, h0, w0, here, len(block.stages) - 1
     for i, stage in enumerate(block.stages):
-        norm, weight = _norm(stage.bn, c, x.dtype), _filter(stage.conv, x, c)
+        norm, weight = _norm(stage.bn, x, c), _filter(stage.conv, x, c)
         if norm is None or weight is None or stage.conv.bias is not None or h < 1 or w < 1:
             return None
         k, _, r, s = weight.shape
