@@ -122,7 +122,7 @@ class Held:
         rows = [(table, known, name) for table, known in zip(self._tables, self._known) for name in {**known, **table}]
         name = next(
             name for table, known, name in rows
-            if table.get(name) is not known.get(name) or id(table.get(name)) in moved
+            if table.get(name, table) is not known.get(name, table) or id(table.get(name)) in moved
         )  # fmt: skip
         raise WrnFastError(
             f"`model`: expected the modules and tensors that were captured, changed in place at most; {name} {what}: "

@@ -205,9 +205,15 @@ def give_a_bias(model):
     model.blocks[0].conv2.bias = nn.Parameter(torch.zeros(16, dtype=torch.bfloat16))
 
 
+def name_nothing(model):
+    """As a buffer that is there only by its name."""
+    model.blocks[0].bn1.register_buffer("mask", None)
+
+
 CHANGES = {
     "weight has been": replace, "weight lies": move, "1 has been": swap, "num_batches_tracked has been": count_again,
     "note has been": exchange_alike, "bias has been": give_a_bias,
+    "mask has been": name_nothing,
 }  # fmt: skip
 
 
