@@ -93,6 +93,18 @@ def test_a_planned_run_is_the_same_network(options, decision, any_dtype):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ("running_mean", "running_var", "weight"))
+def test_layers_that_share_a_vector(name, any_dtype):
+    model, x = network()
+    setattr(model.block1.layer[1].bn2, name, getattr(model.block1.layer[0].bn2, name))
+    with dispatch.backend("aten"):
+        want = x
+        for unit in units(model):
+            want = unit(want)
+        assert error(activated.run(x, activated.plan(steps_of(model, x), ALWAYS)), want) < 1e-14
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("block, moved", (("B(3,3)", 6), ("B(3,3,3)", 3)))
 def test_masks_are_those_of_the_operators(block, moved, any_dtype, monkeypatch):
     """Dropout moves to the writer with its bits and its place in the order of draws, where no shortcut reads too."""

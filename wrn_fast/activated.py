@@ -152,17 +152,18 @@ def run(x: Tensor, steps: Sequence[Step]) -> Tensor:
         steps: what `plan` gave, with the generator's states drawn.
     """
     values: dict[tuple[int, bool], Tensor] = {(0, False): x}
-    made: dict[int, Tensor] = {}
+    made: dict[tuple[int, int], Tensor] = {}
 
     def stats(norm: Norm, problem: ConvProblem) -> Tensor | None:
         if norm.mean is None or norm.var is None:
             return None
-        found = made.get(id(norm.mean))
+        key = id(norm.mean), id(norm.var)
+        found = made.get(key)
         if found is None:
             found = held.side_by_side(norm.mean, norm.var, problem.stats_dtype)
             if found is None:
                 found = torch.stack([norm.mean, norm.var]).to(problem.stats_dtype)
-            made[id(norm.mean)] = found
+            made[key] = found
         return found
 
     for step, over in zip(steps, _last_reads(steps), strict=True):
