@@ -19,7 +19,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from wrn_fast import __version__, activated, cache, tuned
+from wrn_fast import __version__, activated, cache, dispatch, tuned
 from wrn_fast.backends import cuda, triton
 from wrn_fast.errors import WrnFastError
 from wrn_fast.kernels import configs
@@ -250,6 +250,7 @@ def run(
     triton.forget()
     cuda.forget()
     activated.forget()
+    dispatch.forget()
     return {"head": about, "path": str(table.path), "rows": table.rows, **counts}
 
 
