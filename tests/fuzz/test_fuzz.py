@@ -67,6 +67,24 @@ def test_a_wrong_result_is_seen_and_its_line_replays_it(monkeypatch):
 FOUND = [
     ("aten", cases.Choice(c=16, h=1, w=1, stride=2, norm="none", dtype="bfloat16", grads=2)),
     ("aten", cases.Choice(c=3, k=4, h=5, w=1, stride=2, norm="none", dtype="bfloat16", grads=2)),
+    (
+        "aten",
+        cases.Choice(
+            n=3,
+            c=6,
+            k=6,
+            h=6,
+            w=16,
+            taps=1,
+            stride=2,
+            pad=(0, 0, 0, 0),
+            norm="none",
+            dtype="bfloat16",
+            grads=2,
+            threads=2,
+        ),
+    ),
+    ("aten", cases.Choice(n=3, c=6, k=6, h=6, w=16, taps=1, stride=2, norm="none", grads=2, threads=2)),
     ("aten", cases.Choice(seed=7, n=3, c=15, h=1, w=1, p=0.999, norm="none", dtype="float16", grads=0, data="mean")),
     ("aten", cases.Choice(n=9, c=1, k=7, h=3, w=17, norm="none", p=0.3, dtype="float16", grads=2, data="mean")),
     (
