@@ -176,19 +176,22 @@ def test_the_bound_of_winograd(channels, algorithm, seed):
 
 @pytest.mark.parametrize("algorithm", ("f4", "f3", "f2", "direct"))
 def test_errors_of_a_convolution_have_no_direction(algorithm, seed):
-    """The part of fprop's and dgrad's error that scales the whole output is what deep networks would add up."""
-    case = oracle.draw(
-        seed, torch.float32, taps=(3, 3), stride=1, pad=(1, 1, 1, 1), N=8, H=16, W=16, C=64, K=64, act="relu",
-        prologue=True, affine=False, batch_stats=False, drop_at="none", p=0.0, bias=False, residual=False, short_C=0,
-        short_prologue=False, act_out="none", want_y=True, want_stats=True,
-    )  # fmt: skip
-    with pin_algorithm(algorithm):
-        pairs = [
-            (fprop(cpu, case)[0], oracle.fprop(case)[0]),
-            (dgrad(cpu, case)[0], oracle.gradients(case)[0]),
-        ]
-    for got, want in pairs:
-        assert abs(((got - want) * want).sum() / want.square().sum()) <= parity.SCALE
+    """The part of fprop's and dgrad's error that scales the whole output is what deep networks would add up.
+
+    The mean over seeds: roundings of the prologue, few because channels are few, scale one draw by 1e-8.
+    """
+    scales = []
+    for i in range(parity.SEEDS):
+        case = oracle.draw(
+            seed + i, torch.float32, taps=(3, 3), stride=1, pad=(1, 1, 1, 1), N=8, H=16, W=16, C=64, K=64, act="relu",
+            prologue=True, affine=False, batch_stats=False, drop_at="none", p=0.0, bias=False, residual=False,
+            short_C=0, short_prologue=False, act_out="none", want_y=True, want_stats=True,
+        )  # fmt: skip
+        with pin_algorithm(algorithm):
+            y, g = fprop(cpu, case)[0], dgrad(cpu, case)[0]
+        pairs = (y, oracle.fprop(case)[0]), (g, oracle.gradients(case)[0])
+        scales.append(torch.stack([((got - want) * want).sum() / want.square().sum() for got, want in pairs]))
+    assert torch.stack(scales).mean(0).abs().max() <= parity.SCALE
 
 
 @pytest.mark.parametrize("channels", (32, 160, 320))
