@@ -5,6 +5,7 @@ from torch import nn
 
 import wrn_fast
 from wrn_fast import reference
+from wrn_fast.block import run_chain
 from wrn_fast.parity import error
 
 
@@ -17,6 +18,18 @@ def shake(model):
             m.running_mean.normal_(0.0, 0.3)
             m.running_var.uniform_(0.5, 2.0)
     return model
+
+
+class Blocks(nn.Module):
+    """The shaken blocks of a WideResNet, a strided one with its shortcut among them."""
+
+    def __init__(self):
+        super().__init__()
+        model = shake(wrn_fast.classic(10, 10, 1))
+        self.blocks = nn.ModuleList([*model.block1.layer, *model.block2.layer])
+
+    def forward(self, x):
+        return run_chain(list(self.blocks), x)
 
 
 def pair(depth=10, classes=4, width=1, dropRate=0.0, dtype=torch.float32, **options):

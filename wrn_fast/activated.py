@@ -158,13 +158,9 @@ def run(x: Tensor, steps: Sequence[Step]) -> Tensor:
         if norm.mean is None or norm.var is None:
             return None
         key = id(norm.mean), id(norm.var)
-        found = made.get(key)
-        if found is None:
-            found = held.side_by_side(norm.mean, norm.var, problem.stats_dtype)
-            if found is None:
-                found = torch.stack([norm.mean, norm.var]).to(problem.stats_dtype)
-            made[key] = found
-        return found
+        if key not in made:
+            made[key] = held.stacked(norm.mean, norm.var, problem.stats_dtype)
+        return made[key]
 
     for step, over in zip(steps, _last_reads(steps), strict=True):
         p, norm, short, second = step.problem, step.norm, step.short, step.second

@@ -147,8 +147,7 @@ def running_stats(bn: nn.BatchNorm2d, dtype: torch.dtype) -> Tensor:
     """[2, C] of a BatchNorm that has running statistics; a graph that is being captured gets them ready-made."""
     mean, var = bn.running_mean, bn.running_var
     assert mean is not None and var is not None
-    found = None if torch.compiler.is_compiling() else held.side_by_side(mean, var, dtype)
-    return torch.stack([mean, var]).to(dtype) if found is None else found
+    return held.stacked(mean, var, dtype)
 
 
 def batch_norm(bn: nn.BatchNorm2d, x: Tensor, stats: Tensor | None) -> Prologue:

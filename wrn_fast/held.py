@@ -193,6 +193,21 @@ def pair_of(made: Tensor) -> tuple[Tensor, Tensor] | None:
     return None if found is None else found[1:]
 
 
+def stacked(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """[2, C] of two vectors: ready-made for a graph that is being captured, else made now."""
+    found = None if torch.compiler.is_compiling() else side_by_side(a, b, dtype)
+    return torch.stack([a, b]).to(dtype) if found is None else found
+
+
+def norm_of(stats: Tensor, gamma: Tensor | None, beta: Tensor | None) -> tuple[Tensor, Tensor, torch.dtype] | None:
+    """What a `Renewer` can fold anew: (mean, var, dtype of gamma and beta); None if that is not at hand and dense."""
+    pair, given = pair_of(stats), [v for v in (gamma, beta) if v is not None]
+    dtypes = {v.dtype for v in given} or {torch.float32}
+    if pair is None or pair[0].dtype != pair[1].dtype or len(dtypes) > 1:
+        return None
+    return (*pair, dtypes.pop()) if all(v.is_contiguous() for v in (*pair, *given)) else None
+
+
 def cover(made: Tensor) -> None:
     """From now on a `Renewer` writes this pair."""
     here = _here([made])

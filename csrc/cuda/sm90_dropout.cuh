@@ -32,6 +32,7 @@ constexpr int kDrawn = T::Memory::kMaskBytes / 4 / kTransformers;
 template <class T, class Params>
 SM90_FN void draw(const Params& p, uint32_t base, int job, const Job& j, int t, int begin, int end) {
   using M = typename T::Memory;
+  if (begin == end) return;  // without a wait: the consumers may still read the mask before
   constexpr int words = mask_words(T::block_k);
   const int64_t K = static_cast<int64_t>(T::block_k) * p.schedule.k_blocks;
   const uint64_t seed = static_cast<uint64_t>(hw::from_global(p.rng));

@@ -11,26 +11,13 @@ import pytest
 import torch
 from backends import tape
 from kernels import whole_model
-from models import shake
+from models import Blocks
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 import wrn_fast
 from wrn_fast import graphs
-from wrn_fast.block import run_chain
 from wrn_fast.kernels.bound import Bound
-
-
-class Net(nn.Module):
-    """The blocks of a WideResNet, a strided one with its shortcut among them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        model = shake(wrn_fast.classic(10, 10, 1))
-        self.blocks = nn.ModuleList([*model.block1.layer, *model.block2.layer])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return run_chain(list(self.blocks), x)
 
 
 class _Launches:
@@ -59,9 +46,9 @@ def _playing() -> Iterator[list[tape.Tape]]:
         yield made
 
 
-def net(seed: int, w_dtype: str = "float16", norm_dtype: str = "float32") -> Net:
+def net(seed: int, w_dtype: str = "float16", norm_dtype: str = "float32") -> Blocks:
     torch.manual_seed(seed)
-    model = Net().eval()
+    model = Blocks().eval()
     for m in model.modules():
         if isinstance(m, (nn.Conv2d, nn.BatchNorm2d)):
             m.to(getattr(torch, w_dtype if isinstance(m, nn.Conv2d) else norm_dtype))
@@ -72,7 +59,7 @@ def image() -> Tensor:
     return torch.randn(1, 16, 6, 6).half().contiguous(memory_format=torch.channels_last)
 
 
-def _follows(fast: Callable, model: Net) -> bool:
+def _follows(fast: Callable, model: Blocks) -> bool:
     """Is the replay bit-equal to the model without a graph, as the model is now?"""
     x = image()
     return torch.equal(fast(x), copy.deepcopy(model)(x))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from models import shake
 from torch import Tensor
 
 import wrn_fast
@@ -70,12 +71,8 @@ def inference_in_halves(seed: int) -> dict[str, float]:
     And how many layers wrote.
     """
     torch.manual_seed(seed)
-    plain = reference.WideResNet(16, 10, 1, 0.0, head="classic", pool="global").double().eval()
+    plain = shake(reference.WideResNet(16, 10, 1, 0.0, head="classic", pool="global")).double().eval()
     fast = wrn_fast.WideResNet(16, 10, 1, 0.0, head="classic", pool="global").eval()
-    with torch.no_grad():
-        for m in plain.modules():
-            if isinstance(m, torch.nn.BatchNorm2d):
-                m.weight.uniform_(0.5, 1.5), m.bias.normal_(0, 0.3), m.running_var.uniform_(0.5, 2.0)
     fast.load_state_dict(plain.state_dict())
     for m in fast.modules():
         if isinstance(m, torch.nn.Conv2d):

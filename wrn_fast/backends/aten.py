@@ -179,14 +179,15 @@ def _backward(problem: ConvProblem, dy: Tensor, a: Tensor, w: Tensor, which: lis
     # oneDNN's bfloat16 weight gradient reads memory that nobody wrote where a strided output is one column wide.
     narrow = problem.dtype == torch.bfloat16 and problem.stride > 1 and problem.Q == 1
     dtype = torch.float32 if narrow else problem.compute_dtype
-    a, padding = _padding(problem, a)
     stride = problem.stride
     if which == [False, True, False] and problem.R == problem.S == 1 and stride > 1:
         # oneDNN's weight gradient of a strided 1x1 filter writes past its memory below 16 channels, with several
         # threads: the pixels that it meets are picked here.
-        a, padding = F.pad(a, (padding[1], padding[1], padding[0], padding[0])), [0, 0]
-        a = a[:, :, ::stride, ::stride][:, :, : problem.P, : problem.Q].contiguous(memory_format=torch.channels_last)
+        a = F.pad(a, problem.pad) if any(problem.pad) else a
+        a, padding = a[:, :, ::stride, ::stride].contiguous(memory_format=torch.channels_last), [0, 0]
         stride = 1
+    else:
+        a, padding = _padding(problem, a)
     dx, dw, _ = torch.ops.aten.convolution_backward(
         dy.to(dtype), a.to(dtype), w.to(dtype), None, [stride] * 2, padding, [1, 1], False, [0, 0], 1, which
     )

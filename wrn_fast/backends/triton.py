@@ -23,7 +23,7 @@ from torch import Tensor
 
 from wrn_fast import scales, tuned
 from wrn_fast.kernels import configs
-from wrn_fast.kernels.cuda_passes import on_device
+from wrn_fast.kernels.device import on_device
 from wrn_fast.precision import current
 from wrn_fast.problem import ConvProblem
 

@@ -16,7 +16,6 @@ from wrn_fast.kernels.cuda_passes import (
     bn_act,
     current_stream,
     new,
-    on_device,
     ptr,
     quantize,
     queue,
@@ -25,6 +24,7 @@ from wrn_fast.kernels.cuda_passes import (
     vector,
 )  # fmt: skip
 from wrn_fast.kernels.cuda_weights import affine, packed, packed_e4m3, zeros
+from wrn_fast.kernels.device import on_device
 from wrn_fast.problem import ACTS, ConvProblem
 
 STEP = 16  # channels of a tensor instruction
@@ -160,7 +160,7 @@ def fprop(
         early = filters.before if filters_short is None else filters.before and filters_short.before
         early = early or source.passed
         size = p.N, p.K, p.P, p.Q
-        y = new(x, *size) if p.want_y or p.want_stats else None
+        y = new(x, *size) if p.want_y else None
         y_act = new(x, *size) if p.act_out != "none" else None
         counts = moments = None
         if p.want_stats:
@@ -193,7 +193,7 @@ def fprop(
                 stats=ptr(stats_y), workspace=ptr(workspace), stream=stream,
             )  # fmt: skip
         return (
-            y if y is not None and p.want_y else absent(x, p.dtype),
+            absent(x, p.dtype) if y is None else y,
             stats_y,
             absent(x, p.dtype) if y_act is None else y_act,
         )

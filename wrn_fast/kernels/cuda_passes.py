@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from wrn_fast import masks
+from wrn_fast.kernels.device import on_device
 from wrn_fast.problem import ACTS, ConvProblem
 
 # DType of csrc/problem.h
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 FLOAT32 = CODES[torch.float32]
-
-
-def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes a GPU the current one."""
-    other = device.type == "cuda" and device.index != torch.cuda.current_device()
-    return torch.cuda.device(device.index) if other else nullcontext()
 
 
 def current_stream(device: torch.device) -> int:

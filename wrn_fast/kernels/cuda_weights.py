@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from wrn_fast import held, packing
-from wrn_fast.kernels.cuda_passes import CODES, FLOAT32, current_stream, on_device, ptr, scratch, vector
+from wrn_fast.kernels.cuda_passes import CODES, FLOAT32, current_stream, ptr, scratch, vector
+from wrn_fast.kernels.device import on_device
 from wrn_fast.problem import ConvProblem
 
 
@@ -129,14 +130,13 @@ def affine(
 
 def _row(stats: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> dict[str, Any] | None:
     """A fold straight from the running statistics, which writes `stats` too; None where they are not at hand."""
-    pair = held.pair_of(stats)
-    dtypes = {v.dtype for v in (gamma, beta) if v is not None} or {torch.float32}
-    if pair is None or stats.dtype != torch.float32 or len(dtypes) > 1 or pair[0].dtype != pair[1].dtype:
+    found = held.norm_of(stats, gamma, beta)
+    if found is None or stats.dtype != torch.float32:
         return None
-    mean, var = pair
+    mean, var, dtype = found
     return {
         "C": len(mean), "mean": ptr(mean), "var": ptr(var), "stats_dtype": CODES[mean.dtype], "gamma": ptr(gamma),
-        "beta": ptr(beta), "affine_dtype": CODES[dtypes.pop()], "eps": eps, "stats": ptr(stats),
+        "beta": ptr(beta), "affine_dtype": CODES[dtype], "eps": eps, "stats": ptr(stats),
     }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ that compare samples of each tile first, because fused optimizers change a filte
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from wrn_fast import held
 from wrn_fast.kernels.bound import Bound
-from wrn_fast.kernels.cuda_passes import on_device
+from wrn_fast.kernels.device import on_device
 from wrn_fast.kernels.tile import round_to, rsqrt
 
 # A program's tile of a filter, and the samples that stand for it.
@@ -174,11 +175,11 @@ class Renewer:
         return _pack_kernel, (len(programs), 1, 1), (table, programs), constants
 
 
-def _renewer(device: torch.device) -> Any:
-    return held.renewer(("triton", device), lambda: Renewer(device))
+def _renewer(device: torch.device) -> Renewer | None:
+    return held.renewer(("triton", device), lambda: Renewer(device))  # type: ignore[return-value]
 
 
-def packed(w: Tensor, dtype: torch.dtype, make: Any) -> Tensor | None:
+def packed(w: Tensor, dtype: torch.dtype, make: Callable[[], Tensor]) -> Tensor | None:
     """`make()`, the filter as [K,R,S,C] in `dtype`, held; None outside of a capture and where w is it already.
 
     Args:
@@ -191,7 +192,7 @@ def packed(w: Tensor, dtype: torch.dtype, make: Any) -> Tensor | None:
         return None
 
     def hold() -> Tensor:
-        made: Tensor = make()
+        made = make()
         renewer.add_filter(w, made)
         return made
 
@@ -199,27 +200,19 @@ def packed(w: Tensor, dtype: torch.dtype, make: Any) -> Tensor | None:
 
 
 def folded(
-    stats: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, center: bool, make: Any
+    stats: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, center: bool, make: Callable[[], Tensor]
 ) -> Tensor | None:
     """`make()`, the fold [4, C] of a BatchNorm, held where its running statistics are at hand; else None."""
-    renewer, pair = _renewer(stats.device), held.pair_of(stats)
-    if renewer is None or pair is None:
+    renewer, found = _renewer(stats.device), held.norm_of(stats, gamma, beta)
+    if renewer is None or found is None:
         return None
-    vectors = [*pair, gamma, beta]
-    given = [v for v in vectors if v is not None]
-    dtypes = {v.dtype for v in given[2:]} or {torch.float32}
-    if (
-        len(dtypes) > 1
-        or pair[0].dtype != pair[1].dtype
-        or any(v.dtype not in _TYPES or not v.is_contiguous() for v in given)
-    ):
-        return None
+    mean, var, dtype = found
 
     def hold() -> Tensor:
-        made: Tensor = make()
-        key = Norm(eps, gamma is not None, beta is not None, center, pair[0].dtype, next(iter(dtypes)), made.dtype)
-        pointers = [0 if v is None else v.data_ptr() for v in (*vectors, made, stats)]
-        renewer.add_norm(key, len(pair[0]), *pointers)
+        made = make()
+        key = Norm(eps, gamma is not None, beta is not None, center, mean.dtype, dtype, made.dtype)
+        pointers = [0 if v is None else v.data_ptr() for v in (mean, var, gamma, beta, made, stats)]
+        renewer.add_norm(key, len(mean), *pointers)
         held.cover(stats)
         return made
 
